@@ -1,0 +1,55 @@
+// Integers of 2 to 8 bits, one scale per group of a row: the honest baseline.
+//
+//   tile      1 x group weights; code j is Bits bits from bit Bits*j on, least significant first;
+//             the row group is padded to a byte with zero bits
+//   symmetric      w = fl32((code - 2^(Bits-1)) * scale)
+//   asymmetric     w = fl32(fl32(code - zero) * scale)
+//
+// Params: scale (out, in/group); zero (out, in/group) when symmetric=False. Both sliced with the tiles.
+#pragma once
+
+#include "../codec.h"
+#include "../hd.h"
+
+namespace rs {
+
+template <int Bits, bool Symmetric>
+struct Uniform {
+  static constexpr int kUnit = 1;
+  static constexpr int kHalf = 1 << (Bits - 1), kTop = (1 << Bits) - 1;
+  enum Param { kScale, kZero };
+
+  struct Tables {
+    const float *scale, *zero;
+    int64_t groups;
+    explicit Tables(const Layer& layer)
+        : scale(layer.params[kScale]), zero(Symmetric ? nullptr : layer.params[kZero]), groups(layer.tile_cols()) {}
+  };
+  struct Grad {
+    void finish(const Tables&, float* const*) const {}
+  };
+
+  // Code relative to its zero.
+  RS_HD static float level(const uint8_t* tile, int64_t group, int j, const Tables& t) {
+    const float code = static_cast<float>(read_bits<Bits>(tile, static_cast<int64_t>(j) * Bits));
+    if constexpr (Symmetric) return code - kHalf;
+    return add(code, -t.zero[group]);
+  }
+  RS_HD static void decode(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t, float* w) {
+    const int64_t group = row * t.groups + col;
+    *w = mul(level(tile, group, j, t), t.scale[group]);
+  }
+  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t, const float* dw,
+                      Grad&, float* const* grads) {
+    const int64_t group = row * t.groups + col;
+    if (grads[kScale]) grads[kScale][group] += level(tile, group, j, t) * *dw;
+    if constexpr (!Symmetric) {
+      if (grads[kZero]) grads[kZero][group] -= t.scale[group] * *dw;
+    }
+  }
+};
+
+// spec: uniform(bits=4, group=64, symmetric=False)
+std::vector<Term> uniform_terms(const Spec& spec, Shape shape);
+
+}  // namespace rs
