@@ -1,0 +1,108 @@
+#include "bind.h"
+
+#include <mutex>
+#include <unordered_map>
+
+#include "codecs/all.h"
+#include "cpu/isa.h"
+
+namespace rs {
+
+std::vector<Term> resolve(const Spec& spec, Shape shape) {
+  for (const CodecEntry& entry : kCodecs) {
+    if (spec.name != entry.name) continue;
+    std::vector<Term> terms = entry.terms(spec, shape);
+    for (Term& term : terms)
+      if (term.spec.name.empty()) term.spec = spec;
+    return terms;
+  }
+  std::string known;
+  for (const CodecEntry& entry : kCodecs) known += std::string(known.empty() ? "" : ", ") + entry.name;
+  throw std::invalid_argument("unknown codec '" + spec.name + "', this build has " + known);
+}
+
+std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, Shape shape) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::shared_ptr<const std::vector<Term>>> cache;
+  std::string key(codec.data(), codec.size());
+  key += '|' + std::to_string(shape.out) + 'x' + std::to_string(shape.in) + isa_name(current_isa());
+  const std::lock_guard lock(mutex);
+  auto& entry = cache[key];
+  if (!entry) {
+    if (cache.size() > 4096) cache = {};  // specs come from files: keep a bound
+    try {
+      auto terms = std::make_shared<const std::vector<Term>>(resolve(Spec::parse({codec.data(), codec.size()}), shape));
+      cache[key] = terms;
+      return terms;
+    } catch (const std::invalid_argument& error) {
+      cache.erase(key);
+      TORCH_CHECK_VALUE(false, error.what());
+    }
+  }
+  return entry;
+}
+
+Shape check_shape(c10::string_view codec, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0 && shape[0] < (int64_t{1} << 40) &&
+                        shape[1] < (int64_t{1} << 40),
+                    codec, ": shape must be [out_features, in_features], got ", shape);
+  return {shape[0], shape[1]};
+}
+
+namespace {
+
+void check_codes_tensor(const at::Tensor& codes, const Tile& tile, int64_t out, int64_t in, c10::string_view codec,
+                        const char* name) {
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, codec, ": ", name, " must be uint8, got ", codes.scalar_type());
+  const std::vector<int64_t> wanted{out / tile.rows, in / tile.cols, tile.bytes};
+  TORCH_CHECK_VALUE(codes.sizes() == at::IntArrayRef(wanted), codec, ": ", name, " must have shape ",
+                    at::IntArrayRef(wanted), ", got ", codes.sizes());
+}
+
+}  // namespace
+
+Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
+  Bound bound;
+  bound.shape = check_shape(codec, sizes);
+  bound.terms = resolve_cached(codec, bound.shape);
+  size_t expected = 0;
+  for (const Term& term : *bound.terms) expected = term.first_param + term.row.params.size();
+  TORCH_CHECK_VALUE(params.size() == expected, codec, ": expected ", expected, " params, got ", params.size());
+  bound.alive.reserve(2 * expected + 2);
+  for (const Term& term : *bound.terms) {
+    const Row& row = term.row;
+    Layer layer;
+    layer.spec = &term.spec;
+    layer.tile = row.tile;
+    layer.out = round_up(bound.shape.out, row.tile.rows);
+    layer.in = round_up(bound.shape.in, row.tile.cols);
+    const at::Tensor& own = term.codes_param < 0 ? codes : params[term.codes_param];
+    check_codes_tensor(own, row.tile, layer.out, layer.in, codec, term.codes_param < 0 ? "codes" : "rest_codes");
+    TORCH_CHECK_VALUE(own.device() == codes.device(), codec, ": codes and rest_codes are on different devices");
+    bound.alive.push_back(own.contiguous());
+    layer.codes = bound.alive.back().data_ptr<uint8_t>();
+    for (size_t i = 0; i < row.params.size(); ++i) {
+      const at::Tensor& param = params[term.first_param + i];
+      const ParamSpec& wanted = row.params[i];
+      TORCH_CHECK_TYPE(param.scalar_type() == at::kFloat, codec, ": param ", term.prefix, wanted.name,
+                       " must be float32, got ", param.scalar_type());
+      TORCH_CHECK_VALUE(param.sizes() == at::IntArrayRef(wanted.sizes), codec, ": param ", term.prefix, wanted.name,
+                        " must have shape ", at::IntArrayRef(wanted.sizes), ", got ", param.sizes());
+      TORCH_CHECK_VALUE(param.device() == codes.device(), codec, ": param ", term.prefix, wanted.name, " is on ",
+                        param.device(), " but the codes are on ", codes.device());
+      bound.alive.push_back(param.contiguous());
+      layer.params.push_back(bound.alive.back().data_ptr<float>());
+    }
+    bound.layers.push_back(std::move(layer));
+  }
+  return bound;
+}
+
+void check_activation(const char* name, const at::Tensor& x, int64_t features, c10::string_view codec) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+                   codec, ": ", name, " must be float32, float16 or bfloat16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, codec, ": ", name, " must end in ", features,
+                    " features, got shape ", x.sizes());
+}
+
+}  // namespace rs

@@ -1,0 +1,29 @@
+// From op arguments to layers: every check of codes and params, once for all devices and codecs.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <vector>
+
+#include "codec.h"
+
+namespace rs {
+
+// A codec resolved for a shape; kept and shared, since batch-1 products ask for it every call.
+std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, Shape shape);
+
+// The terms of one call with their data. Holds contiguous versions of the tensors.
+struct Bound {
+  std::shared_ptr<const std::vector<Term>> terms;
+  std::vector<Layer> layers;  // one per term
+  Shape shape;
+  std::vector<at::Tensor> alive;
+};
+
+Shape check_shape(c10::string_view codec, at::IntArrayRef shape);
+Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
+// x must be float32, float16 or bfloat16 with `features` as its last size.
+void check_activation(const char* name, const at::Tensor& x, int64_t features, c10::string_view codec);
+
+}  // namespace rs

@@ -1,0 +1,23 @@
+// The list of codecs: the only one in C++.
+#pragma once
+
+#include "residual.h"
+#include "sparse.h"
+#include "trellis.h"
+#include "uniform.h"
+
+namespace rs {
+
+struct CodecEntry {
+  const char* name;
+  std::vector<Term> (*terms)(const Spec&, Shape);
+};
+
+constexpr CodecEntry kCodecs[] = {
+    {"residual", residual_terms},
+    {"sparse", sparse_terms},
+    {"trellis", trellis_terms},
+    {"uniform", uniform_terms},
+};
+
+}  // namespace rs

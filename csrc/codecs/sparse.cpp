@@ -1,0 +1,142 @@
+#include "sparse.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "../cpu/half.h"
+#include "../cpu/parallel.h"
+#include "../hd.h"
+
+namespace rs {
+namespace {
+
+// One row's entries. Reading is safe for any bytes: the count is cut to what the tile holds and a
+// column past the row is skipped.
+struct Entries {
+  const uint8_t* tile;
+  int64_t capacity, in;
+
+  Entries(const Layer& layer, int64_t row)
+      : tile(layer.codes + row * layer.tile.bytes), capacity((layer.tile.bytes - 2) / 3), in(layer.in) {}
+  int64_t stored_count() const { return tile[0] | tile[1] << 8; }
+  int64_t column(int64_t i) const { return tile[2 + 2 * i] | tile[3 + 2 * i] << 8; }
+  int8_t value(int64_t i) const { return static_cast<int8_t>(tile[2 + 2 * capacity + i]); }
+  template <class Visit>
+  void each(Visit&& visit) const {
+    const int64_t count = std::min(stored_count(), capacity);
+    for (int64_t i = 0; i < count; ++i)
+      if (column(i) < in) visit(column(i), static_cast<float>(value(i)));
+  }
+};
+
+void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  std::fill(w, w + (row1 - row0) * layer.in, 0.0f);
+  for (int64_t r = row0; r < row1; ++r) {
+    float* out = w + (r - row0) * layer.in;
+    Entries(layer, r).each([&](int64_t c, float v) { out[c] = add(out[c], mul(v, layer.params[0][r])); });
+  }
+}
+
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  for (int64_t r = row0; r < row1; ++r)
+    Entries(layer, r).each([&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
+}
+
+// Any batch: x is turned once so that an entry touches m neighbours.
+void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  auto turned = std::make_unique<float[]>(static_cast<size_t>(layer.in * m));
+  for (int64_t b = 0; b < m; ++b)
+    for (int64_t c = 0; c < layer.in; ++c) turned[c * m + b] = x[b * layer.in + c];
+  parallel_for(layer.out, 64, [&](int64_t row0, int64_t row1) {
+    auto sum = std::make_unique<float[]>(static_cast<size_t>(m));
+    for (int64_t r = row0; r < row1; ++r) {
+      std::fill(sum.get(), sum.get() + m, 0.0f);
+      Entries(layer, r).each([&](int64_t c, float v) {
+        for (int64_t b = 0; b < m; ++b) sum[b] += v * turned[c * m + b];
+      });
+      for (int64_t b = 0; b < m; ++b) y[b * layer.out + r] = sum[b] * layer.params[0][r];
+    }
+  });
+}
+
+void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0, int64_t tile1,
+            uint8_t* codes, float* const* params) {
+  const int64_t in = layer.in, capacity = (layer.tile.bytes - 2) / 3;
+  std::vector<int64_t> order(static_cast<size_t>(in));
+  for (int64_t r = tile0; r < tile1; ++r) {
+    const float* row = w + r * in;
+    auto weight = [&](int64_t c) { return options.importance ? options.importance[c] : 1.0f; };
+    auto gain = [&](int64_t c) { return double(row[c]) * row[c] * weight(c); };
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + (capacity - 1), order.end(), [&](int64_t a, int64_t b) {
+      return gain(a) != gain(b) ? gain(a) > gain(b) : a < b;
+    });
+    std::sort(order.begin(), order.begin() + capacity);
+    float peak = 0;
+    for (int64_t i = 0; i < capacity; ++i) peak = std::max(peak, std::abs(row[order[i]]));
+    float scale = round_to_half(peak / 127);
+    auto nearest = [&](float value) {
+      return scale ? std::clamp(std::nearbyint(value / scale), -127.0f, 127.0f) : 0.0f;
+    };
+    double qw = 0, qq = 0;
+    for (int64_t i = 0; i < capacity; ++i) {
+      const double q = nearest(row[order[i]]), h = weight(order[i]);
+      qw += h * q * row[order[i]], qq += h * q * q;
+    }
+    if (qq > 0) scale = round_to_half(static_cast<float>(qw / qq));
+    params[0][r] = scale;
+    uint8_t* tile = codes + r * layer.tile.bytes;
+    int64_t count = 0;
+    for (int64_t i = 0; i < capacity; ++i) {
+      const auto q = static_cast<int8_t>(nearest(row[order[i]]));
+      if (q == 0) continue;
+      tile[2 + 2 * count] = static_cast<uint8_t>(order[i]);
+      tile[3 + 2 * count] = static_cast<uint8_t>(order[i] >> 8);
+      tile[2 + 2 * capacity + count++] = static_cast<uint8_t>(q);
+    }
+    tile[0] = static_cast<uint8_t>(count);
+    tile[1] = static_cast<uint8_t>(count >> 8);
+  }
+}
+
+void check(const Layer& layer, int64_t row) {
+  const Entries entries(layer, row);
+  const int64_t count = entries.stored_count();
+  if (count > entries.capacity) throw std::invalid_argument("an entry count is larger than its row can hold");
+  for (int64_t i = 0; i < entries.capacity; ++i) {
+    if (i >= count && (entries.column(i) || entries.value(i)))
+      throw std::invalid_argument("unused entries must be zero");
+    if (i < count && (entries.column(i) >= entries.in || (i && entries.column(i) <= entries.column(i - 1))))
+      throw std::invalid_argument("columns must rise and lie inside the row");
+  }
+}
+
+}  // namespace
+
+std::vector<Term> sparse_terms(const Spec& spec, Shape shape) {
+  const double percent = spec.number("percent", 1);
+  if (!(percent > 0 && percent <= 100))
+    throw std::invalid_argument("sparse: percent must be above 0 and at most 100, got " + spec.word("percent", ""));
+  if (shape.in > 65535)
+    throw std::invalid_argument("sparse: columns are 16 bits, so in_features must be below 65536, got " +
+                                std::to_string(shape.in));
+  const auto n = std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(percent / 100 * shape.in)), 1, shape.in);
+  Term term;
+  Row& row = term.row;
+  row.name = "sparse";
+  row.tile = {1, shape.in, 2 + 3 * n};
+  row.params = {{"scale", Axis::out, {shape.out}}};
+  row.decode = decode;
+  row.adjoint = adjoint;
+  row.encode = encode;
+  row.check = check;
+  row.linear = linear;
+  row.linear_max_m = int64_t{1} << 40;
+  row.encode_batch = 8;
+  return {term};
+}
+
+}  // namespace rs

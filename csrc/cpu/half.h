@@ -1,0 +1,27 @@
+// Rounding to the storage types of params and panels, in integer arithmetic.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+namespace rs {
+
+// Nearest float16 value (11-bit mantissa, ties to even), kept as float; a value that float16 cannot
+// hold to that precision (beyond 65504, or below 2^-14) stays what it is.
+inline float round_to_half(float x) {
+  const float magnitude = std::abs(x);
+  if (!(magnitude >= 6.103515625e-5f && magnitude < 65504.0f)) return x;
+  uint32_t bits = std::bit_cast<uint32_t>(x);
+  bits += 0x0FFFu + ((bits >> 13) & 1);
+  return std::bit_cast<float>(bits & 0xFFFFE000u);
+}
+
+// Nearest bfloat16, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace rs

@@ -1,0 +1,447 @@
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "../bind.h"
+#include "../codecs/trellis.h"
+#include "frame.h"
+#include "isa.h"
+#include "parallel.h"
+#include "viterbi.h"
+
+namespace rs {
+namespace {
+
+std::atomic<bool> exact_panels{false};
+std::atomic<Progress> progress_hook{nullptr};
+
+// Rows of a block on which the frame closes: a multiple of the tile and of the Hadamard block.
+int64_t block_rows(const Row& row) { return std::lcm(row.tile.rows, row.out_block); }
+
+// Rows per panel: about `elements` weights, whole blocks.
+int64_t panel_rows(const Row& row, const Layer& layer, int64_t elements) {
+  const int64_t unit = block_rows(row);
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, layer.in * unit)) * unit;
+}
+
+bool bf16_panels() { return !exact() && has_avx512_bf16(); }
+
+at::Tensor flat(const at::Tensor& x, int64_t features) {
+  return x.reshape({features ? x.numel() / features : 0, features}).to(at::kFloat).contiguous();
+}
+
+at::Tensor padded(const at::Tensor& x, int64_t features) {
+  return x.size(1) == features ? x : at::constant_pad_nd(x, {0, features - x.size(1)});
+}
+
+void transform_rows(at::Tensor& x, int64_t block) {
+  const int64_t n = x.size(1);
+  parallel_for(x.size(0), 1, [&](int64_t begin, int64_t end) {
+    hadamard_rows(x.data_ptr<float>() + begin * n, end - begin, n, block);
+  });
+}
+
+// x -> Hadamard(scale * x), padded to `features`. The input side of a product, or the output side of
+// its adjoint.
+at::Tensor enter_frame(const at::Tensor& x, const float* scale, int64_t block, int64_t features) {
+  at::Tensor y = x;
+  if (scale) y = y * at::from_blob(const_cast<float*>(scale), {x.size(1)});
+  else if (block > 1) y = y.clone();
+  if (block > 1) transform_rows(y, block);
+  return padded(y, features);
+}
+
+at::Tensor leave_frame(const at::Tensor& y, const float* scale, int64_t block, int64_t features) {
+  at::Tensor x = y.size(1) == features ? y : y.narrow(1, 0, features).contiguous();
+  if (block > 1) transform_rows(x, block);
+  if (scale) x.mul_(at::from_blob(const_cast<float*>(scale), {features}));
+  return x;
+}
+
+const float* param(const Layer& layer, int index) { return index < 0 ? nullptr : layer.params[index]; }
+
+// Rows [row0, row1) of T as a panel of float32 or bfloat16.
+void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
+  const bool half = panel.scalar_type() == at::kBFloat16;
+  parallel_for((row1 - row0) / row.tile.rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = row0 + begin * row.tile.rows, last = row0 + end * row.tile.rows;
+    const int64_t at = (first - row0) * layer.in;
+    if (!half) return row.decode(layer, first, last, panel.data_ptr<float>() + at);
+    auto* out = reinterpret_cast<uint16_t*>(panel.data_ptr<at::BFloat16>()) + at;
+    row.decode_bf16(layer, first, last, out);
+  });
+}
+
+struct Panels {
+  const Row& row;
+  const Layer& layer;
+  int64_t rows;
+  at::Tensor buffer;
+
+  Panels(const Row& row, const Layer& layer, int64_t elements, bool half)
+      : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
+    buffer = at::empty({rows, layer.in}, half && row.decode_bf16 ? at::kBFloat16 : at::kFloat);
+  }
+  at::ScalarType type() const { return buffer.scalar_type(); }
+  template <class Visit>
+  void each(Visit&& visit) {
+    for (int64_t r = 0; r < layer.out; r += rows) {
+      const int64_t n = std::min(rows, layer.out - r);
+      at::Tensor panel = buffer.narrow(0, 0, n);
+      fill_panel(row, layer, r, r + n, panel);
+      visit(r, n, panel);
+    }
+  }
+};
+
+// Panels of a product stay in the second-level cache for small batches; large batches amortise them.
+int64_t panel_elements(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 22; }
+
+at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x) {
+  const int64_t m = x.size(0);
+  at::Tensor y = at::empty({m, layer.out});
+  if (row.linear && m <= row.linear_max_m && !(exact() && std::string_view(row.linear_type) != "float32")) {
+    row.linear(layer, x.data_ptr<float>(), m, y.data_ptr<float>());
+    return y;
+  }
+  Panels panels(row, layer, panel_elements(m), bf16_panels());
+  const at::Tensor cast = x.to(panels.type());
+  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+    y.narrow(1, r, n).copy_(at::mm(cast, panel.t()));
+  });
+  return y;
+}
+
+at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor& grad) {
+  Panels panels(row, layer, int64_t{1} << 23, bf16_panels());
+  const at::Tensor cast = grad.to(panels.type());
+  at::Tensor dx = at::zeros({grad.size(0), layer.in});
+  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) { dx.add_(at::mm(cast.narrow(1, r, n), panel)); });
+  return dx;
+}
+
+}  // namespace
+
+void set_exact(bool exact) { exact_panels = exact; }
+bool exact() { return exact_panels; }
+void set_progress_hook(Progress hook) { progress_hook = hook; }
+
+void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  const int64_t chunks = (n + grain - 1) / grain;
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    if (begin < end) body(context, begin * grain, std::min(n, end * grain));
+  });
+}
+
+at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  at::Tensor w = at::zeros(shape);
+  if (!w.numel()) return w;
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const Row& row = (*bound.terms)[t].row;
+    const Layer& layer = bound.layers[t];
+    const int64_t unit = block_rows(row), in = bound.shape.in;
+    parallel_for(layer.out, unit, [&](int64_t begin, int64_t end) {
+      std::vector<float> block(static_cast<size_t>(unit * layer.in));
+      for (int64_t r = begin; r < end; r += unit) {
+        const int64_t rows = std::min(unit, end - r);
+        row.decode(layer, r, r + rows, block.data());
+        if (row.in_block > 1)
+          for (int64_t i = 0; i < rows; ++i) hadamard_rows(block.data() + i * layer.in, 1, in, row.in_block);
+        hadamard_columns(block.data(), rows, layer.in, row.out_block);
+        const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
+        float* w_rows = w.data_ptr<float>() + r * in;
+        for (int64_t i = 0; i < std::min(rows, bound.shape.out - r); ++i)
+          for (int64_t j = 0; j < in; ++j) {
+            float value = block[i * layer.in + j];
+            if (out_scale) value = value * out_scale[r + i];
+            if (in_scale) value = value * in_scale[j];
+            w_rows[i * in + j] = t ? w_rows[i * in + j] + value : value;
+          }
+      }
+    });
+  }
+  return w;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                  at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  const auto [out, in] = bound.shape;
+  check_activation("x", x, in, codec);
+  auto sizes = x.sizes().vec();
+  sizes.back() = out;
+  const at::Tensor rows = flat(x, in);
+  if (!rows.numel() || !out) return at::zeros(sizes, x.options());
+  at::Tensor y;
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const Row& row = (*bound.terms)[t].row;
+    const Layer& layer = bound.layers[t];
+    const at::Tensor inner =
+        inner_linear(row, layer, enter_frame(rows, param(layer, row.in_scale), row.in_block, layer.in));
+    const at::Tensor term = leave_frame(inner, param(layer, row.out_scale), row.out_block, out);
+    y = y.defined() ? y.add_(term) : term;
+  }
+  return y.to(x.scalar_type()).view(sizes);
+}
+
+at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
+                             c10::string_view codec, at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  const auto [out, in] = bound.shape;
+  check_activation("grad", grad, out, codec);
+  auto sizes = grad.sizes().vec();
+  sizes.back() = in;
+  const at::Tensor rows = flat(grad, out);
+  if (!rows.numel() || !in) return at::zeros(sizes, grad.options());
+  at::Tensor dx;
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const Row& row = (*bound.terms)[t].row;
+    const Layer& layer = bound.layers[t];
+    const at::Tensor inner =
+        inner_grad_input(row, layer, enter_frame(rows, param(layer, row.out_scale), row.out_block, layer.out));
+    const at::Tensor term = leave_frame(inner, param(layer, row.in_scale), row.in_block, in);
+    dx = dx.defined() ? dx.add_(term) : term;
+  }
+  return dx.to(grad.scalar_type()).view(sizes);
+}
+
+namespace {
+
+// Private gradient buffers of one block of rows: params sliced along out are written in place (blocks
+// own disjoint rows), the others are summed over blocks in order, so threads change no bit.
+struct BlockGrads {
+  std::vector<std::vector<float>> own;
+  std::vector<float*> pointers;
+
+  BlockGrads(const Row& row, const Tensors& grads) {
+    for (size_t i = 0; i < row.params.size(); ++i) {
+      const bool sliced = row.params[i].axis == Axis::out || row.params[i].axis == Axis::both;
+      own.emplace_back(sliced ? 0 : static_cast<size_t>(grads[i].numel()), 0.0f);
+      pointers.push_back(sliced ? grads[i].data_ptr<float>() : own.back().data());
+    }
+  }
+  void add_to(Tensors& grads) const {
+    for (size_t i = 0; i < own.size(); ++i)
+      for (size_t j = 0; j < own[i].size(); ++j) grads[i].data_ptr<float>()[j] += own[i][j];
+  }
+};
+
+// dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's params.
+//   W = out_scale * P * in_scale with P = H_out T H_in
+void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows, float* dw,
+                       float* block, const BlockGrads& grads) {
+  const int64_t in = layer.in;
+  const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
+  auto rotate = [&](float* x) {
+    if (row.in_block > 1)
+      for (int64_t i = 0; i < rows; ++i) hadamard_rows(x + i * in, 1, shape.in, row.in_block);
+    hadamard_columns(x, rows, in, row.out_block);
+  };
+  if (out_scale || in_scale) {
+    row.decode(layer, r, r + rows, block);
+    rotate(block);
+    for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
+      const float* p = block + i * in;
+      float* d = dw + i * in;
+      const float so = out_scale ? out_scale[r + i] : 1.0f;
+      float lanes[16] = {};
+      for (int64_t j = 0; j < shape.in; ++j) {
+        const float si = in_scale ? in_scale[j] : 1.0f, product = p[j] * d[j];
+        lanes[j % 16] += product * si;
+        if (in_scale) grads.pointers[row.in_scale][j] += product * so;
+        d[j] *= so * si;
+      }
+      if (out_scale)
+        for (float lane : lanes) grads.pointers[row.out_scale][r + i] += lane;
+    }
+  }
+  rotate(dw);
+  row.adjoint(layer, r, r + rows, dw, grads.pointers.data());
+}
+
+}  // namespace
+
+Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
+                           c10::string_view codec, at::IntArrayRef sizes) {
+  const Bound bound = bind_layers(codes, params, codec, sizes);
+  const auto [out, in] = bound.shape;
+  check_activation("x", x, in, codec);
+  check_activation("grad", grad, out, codec);
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
+                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ", grad.sizes());
+  Tensors all;
+  for (const at::Tensor& p : params)
+    all.push_back(p.scalar_type() == at::kFloat ? at::zeros(p.sizes(), p.options()) : at::empty({0}));
+  at::Tensor x_rows = flat(x, in), g_rows = flat(grad, out);
+  if (!x_rows.numel() || !out) return all;
+  const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
+  x_rows = x_rows.to(type), g_rows = g_rows.to(type);
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const Term& term = (*bound.terms)[t];
+    const Row& row = term.row;
+    const Layer& layer = bound.layers[t];
+    Tensors grads(all.begin() + term.first_param, all.begin() + term.first_param + row.params.size());
+    const int64_t unit = block_rows(row);
+    // A block is at least this many rows, so that shared gradients stay few.
+    const int64_t block = round_up(std::min<int64_t>(128, layer.out), unit);
+    const int64_t step = std::max<int64_t>(1, (int64_t{1} << 22) / (block * layer.in)) * block;
+    for (int64_t r0 = 0; r0 < layer.out; r0 += step) {
+      const int64_t rows = std::min(step, layer.out - r0), real = std::min(rows, out - r0);
+      at::Tensor dw = at::zeros({rows, layer.in});
+      dw.narrow(0, 0, real).narrow(1, 0, in).copy_(at::mm(g_rows.narrow(1, r0, real).t(), x_rows));
+      const int64_t blocks = (rows + block - 1) / block;
+      std::vector<BlockGrads> partial;
+      for (int64_t b = 0; b < blocks; ++b) partial.emplace_back(row, grads);
+      parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(static_cast<size_t>(block * layer.in));
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t at = b * block;
+          block_grad_params(row, layer, bound.shape, r0 + at, std::min(block, rows - at),
+                            dw.data_ptr<float>() + at * layer.in, scratch.data(), partial[b]);
+        }
+      });
+      for (const BlockGrads& p : partial) p.add_to(grads);
+    }
+  }
+  return all;
+}
+
+namespace {
+
+void check_finite(const at::Tensor& weight, c10::string_view codec) {
+  const at::Tensor bad = weight.isfinite().logical_not().flatten().nonzero();
+  if (!bad.numel()) return;
+  const int64_t at = bad[0].item<int64_t>();
+  TORCH_CHECK_VALUE(false, codec, ": the weight is not finite at (", at / weight.size(1), ", ", at % weight.size(1),
+                    "): ", weight.flatten()[at].item<float>());
+}
+
+// Work in chunks of about a tenth of a second, so that a signal is seen within one.
+template <class Body>
+void in_chunks(int64_t total, int64_t batch, Body&& body) {
+  using Clock = std::chrono::steady_clock;
+  int64_t chunk = batch * at::get_num_threads();
+  for (int64_t done = 0; done < total;) {
+    const int64_t end = std::min(total, done + chunk);
+    const auto start = Clock::now();
+    parallel_for(end - done, batch, [&](int64_t a, int64_t b) { body(done + a, done + b); });
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    done = end;
+    if (seconds < 0.05) chunk *= 2;
+    if (seconds > 0.2) chunk = std::max(batch * at::get_num_threads(), chunk / 2);
+    if (Progress hook = progress_hook) hook(done, total);
+  }
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight, const std::optional<at::Tensor>& importance,
+                                       at::TensorList params, c10::string_view codec) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, codec, ": weight must be float32, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2, codec, ": weight must have two dimensions, got shape ", weight.sizes());
+  const auto terms = resolve_cached(codec, check_shape(codec, weight.sizes()));
+  TORCH_CHECK_VALUE(terms->size() == 1, codec, ": encode its parts one after the other");
+  const Row& row = terms->front().row;
+  const int64_t out = round_up(weight.size(0), row.tile.rows), in = round_up(weight.size(1), row.tile.cols);
+  Tensors fitted;
+  for (const at::Tensor& p : params) fitted.push_back(p.clone(at::MemoryFormat::Contiguous));
+  at::Tensor codes = at::zeros({out / row.tile.rows, in / row.tile.cols, row.tile.bytes}, at::kByte);
+  const Bound bound = bind_layers(codes, fitted, codec, weight.sizes());
+  at::Tensor column_weight;
+  EncodeOptions options;
+  if (importance) {
+    TORCH_CHECK_VALUE(importance->sizes() == at::IntArrayRef({weight.size(1)}) && importance->gt(0).all().item<bool>(),
+                      codec, ": importance must be ", weight.size(1), " positive numbers");
+    column_weight = at::ones({in});
+    column_weight.narrow(0, 0, weight.size(1)).copy_(*importance);
+    options.importance = column_weight.data_ptr<float>();
+  }
+  check_finite(weight, codec);
+  if (!codes.numel()) return {codes, fitted};
+
+  // The target in T's basis; a scale of zero stands for a zero row or column.
+  at::Tensor target = at::zeros({out, in});
+  at::Tensor inside = target.narrow(0, 0, weight.size(0)).narrow(1, 0, weight.size(1));
+  inside.copy_(weight);
+  if (row.out_scale >= 0) inside.div_(fitted[row.out_scale].unsqueeze(1)).nan_to_num_(0, 0, 0);
+  if (row.in_scale >= 0) inside.div_(fitted[row.in_scale]).nan_to_num_(0, 0, 0);
+  if (row.in_block > 1) {
+    for (int64_t r = 0; r < weight.size(0); ++r)
+      hadamard_rows(target.data_ptr<float>() + r * in, 1, weight.size(1), row.in_block);
+  }
+  hadamard_columns(target.data_ptr<float>(), weight.size(0), in, row.out_block);
+
+  std::vector<float*> outputs;
+  for (at::Tensor& p : fitted) outputs.push_back(p.data_ptr<float>());
+  const Layer& layer = bound.layers[0];
+  in_chunks(layer.tile_rows() * layer.tile_cols(), row.encode_batch, [&](int64_t tile0, int64_t tile1) {
+    row.encode(layer, target.data_ptr<float>(), options, tile0, tile1, codes.data_ptr<uint8_t>(), outputs.data());
+  });
+  return {codes, fitted};
+}
+
+at::Tensor hadamard(const at::Tensor& x, int64_t block) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+                   "hadamard: x must be float32, float16 or bfloat16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
+                    "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
+                    x.sizes());
+  at::Tensor rows = flat(x, x.size(-1));
+  if (!rows.numel()) return x.clone();
+  if (rows.data_ptr() == x.data_ptr()) rows = rows.clone();
+  if (block > 1) transform_rows(rows, block);
+  return rows.to(x.scalar_type()).view(x.sizes());
+}
+
+at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius, const at::Tensor& angle, double bits,
+                          c10::string_view search) {
+  const double k = 2 * bits;
+  TORCH_CHECK_VALUE(k == std::floor(k) && k >= 3 && k <= 8, "trellis_encode: bits must be 1.5 to 4 by halves, got ",
+                    bits);
+  TORCH_CHECK_VALUE(search == "exact" || search == "fast", "trellis_encode: search must be exact or fast, got ", search);
+  TORCH_CHECK_TYPE(targets.scalar_type() == at::kFloat && radius.scalar_type() == at::kFloat &&
+                       angle.scalar_type() == at::kFloat,
+                   "trellis_encode: targets, radius and angle must be float32");
+  TORCH_CHECK_VALUE(targets.dim() == 2 && targets.size(1) == 256, "trellis_encode: targets must be (tiles, 256), got ",
+                    targets.sizes());
+  TORCH_CHECK_VALUE(radius.sizes() == at::IntArrayRef({kTrellisRadii}) && angle.sizes() == at::IntArrayRef({kTrellisAngles}),
+                    "trellis_encode: radius must be (64,) and angle (16,), got ", radius.sizes(), " and ", angle.sizes());
+  check_finite(targets, "trellis_encode");
+  const at::Tensor in = targets.contiguous(), radii = radius.contiguous(), angles = angle.contiguous();
+  at::Tensor codes = at::zeros({in.size(0), static_cast<int64_t>(16 * k)}, at::kByte);
+  const TrellisSearch viterbi(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
+                              search == "fast" ? Search::fast : Search::exact, current_isa());
+  in_chunks(in.size(0), TrellisSearch::kBatch, [&](int64_t begin, int64_t end) {
+    viterbi.run(in.data_ptr<float>() + begin * 256, end - begin, codes.data_ptr<uint8_t>() + begin * codes.size(1));
+  });
+  return codes;
+}
+
+void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const Row& row = (*bound.terms)[t].row;
+    const Layer& layer = bound.layers[t];
+    if (!row.check) continue;
+    for (int64_t tile = 0; tile < layer.tile_rows() * layer.tile_cols(); ++tile) {
+      try {
+        row.check(layer, tile);
+      } catch (const std::invalid_argument& error) {
+        TORCH_CHECK_VALUE(false, codec, ": tile (", tile / layer.tile_cols(), ", ", tile % layer.tile_cols(),
+                          ") is no valid code: ", error.what());
+      }
+    }
+  }
+  for (size_t i = 0; i < params.size(); ++i)
+    if (params[i].is_floating_point())
+      TORCH_CHECK_VALUE(params[i].isfinite().all().item<bool>(), codec, ": param ", i, " holds a value that is not finite");
+}
+
+}  // namespace rs

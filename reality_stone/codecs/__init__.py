@@ -1,0 +1,92 @@
+"""The registry of codecs: `codec("trellis", bits=2)`, `codec("uniform(bits=4, group=128)")`."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from typing import Any
+
+from .. import ops
+from .base import Codec, Param, Tile
+from .residual import Residual
+from .sparse import Sparse
+from .trellis import Trellis
+from .uniform import Uniform
+
+REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Uniform)}
+
+__all__ = ["REGISTRY", "Codec", "Param", "Residual", "Sparse", "Tile", "Trellis", "Uniform", "codec",
+           "codecs", "from_config"]
+
+
+def codecs() -> list[str]:
+    """Names of all codecs."""
+    return sorted(REGISTRY)
+
+
+def codec(name: str | Codec, **settings: Any) -> Codec:
+    """A codec from its name and settings, or from its text form.
+
+    >>> codec("trellis", bits=2).spec
+    'trellis(bits=2, rotate=True, search=exact)'
+    """
+    if isinstance(name, Codec):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"a codec is a name or a Codec, got {type(name).__name__}")
+    if "(" in name:
+        if settings:
+            raise ValueError(f"give settings either in the text or as arguments, not both: {name!r}")
+        return _parse(name)
+    kind = _kind(name)
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def from_config(config: dict[str, Any]) -> Codec:
+    """The codec that `to_config` wrote. Raises ValueError on an unknown name, version or setting."""
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise ValueError(f"a codec's configuration is an object with a name, got {config!r}")
+    kind = _kind(config["name"])
+    if config.get("version") != kind.version:
+        raise ValueError(
+            f"{kind.name}: version {config.get('version')!r} is not known to this release, which "
+            f"reads version {kind.version}; a newer reality-stone may"
+        )
+    settings = {k: v for k, v in config.items() if k not in ("name", "version")}
+    nested = {k: from_config(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    return codec(kind.name, **nested)
+
+
+def _kind(name: str) -> type[Codec]:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown codec {name!r}, this release has {', '.join(codecs())}")
+    return REGISTRY[name]
+
+
+def _parse(text: str) -> Codec:
+    try:
+        return _from_node(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, AttributeError):
+        raise ValueError(f"codec {text!r} is not of the form name(key=value, ...)") from None
+
+
+def _from_node(node: ast.AST) -> Any:
+    if isinstance(node, ast.Call):
+        if node.args or not isinstance(node.func, ast.Name):
+            raise SyntaxError
+        return codec(node.func.id, **{k.arg: _from_node(k.value) for k in node.keywords})
+    if isinstance(node, ast.Name):
+        return node.id
+    return ast.literal_eval(node)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(spec: str, shape: tuple[int, int]) -> tuple[int, int, int]:
+    tile = _parse(spec).tile(shape)
+    return tile.rows, tile.cols, tile.bytes
+
+
+ops.set_tile_rule(_tile)

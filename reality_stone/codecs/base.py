@@ -1,0 +1,177 @@
+"""What every codec is in Python: a frozen configuration with a fitting rule and a reference decode.
+
+The same name, tile and params as its C++ header (csrc/codecs/<name>.h); a test compares them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..feedback import Hessian, encode_with_feedback, refit_out_scale
+from ..packed import Packed, round_to_half
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The smallest rectangle that decodes on its own, and its bytes."""
+
+    rows: int
+    cols: int
+    bytes: int
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Tiles down and across, the last ones padded."""
+        return -(-shape[0] // self.rows), -(-shape[1] // self.cols)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tensor beside the codes. axis: out, in, both or shared: how it is cut with the codes."""
+
+    name: str
+    sizes: tuple[int, ...]
+    axis: str
+    codes: bool = False  # uint8, never trained
+
+
+def hadamard_block(n: int) -> int:
+    """Largest power of two up to 128 that divides n."""
+    return min(128, n & -n) if n else 1
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One weight format with its settings; hashable, JSON round trip by to_config/from_config."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def tile(self, shape: tuple[int, int]) -> Tile: ...
+
+    @abstractmethod
+    def params(self, shape: tuple[int, int]) -> tuple[Param, ...]: ...
+
+    @abstractmethod
+    def decode_tiles(self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Reference decode of the inner matrix T, padded to tiles, in plain torch."""
+
+    @abstractmethod
+    def initial_params(self, weight: Tensor, seed: int) -> dict[str, Tensor]:
+        """Params to start the encoder from."""
+
+    @abstractmethod
+    def encode_reference(
+        self, target: Tensor, importance: Tensor | None, params: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Plain-torch encoder of the padded inner matrix; what the C++ encoder is judged by."""
+
+    def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Hadamard block sizes (out, in) of the frame; 1 for none."""
+        return 1, 1
+
+    def inner(self) -> Codec:
+        """The codec of T alone, without the frame."""
+        return self
+
+    @classmethod
+    def at_bits(cls, bits: float) -> Codec:
+        """The codec's usual settings at this many bits per weight."""
+        return cls(bits=bits)
+
+    # --- text ---
+
+    @property
+    def spec(self) -> str:
+        """Canonical text, name(key=value, ...): the `codec` argument of the ops."""
+        values = ", ".join(f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        return f"{self.name}({values})"
+
+    def to_config(self) -> dict[str, Any]:
+        config = {"name": self.name, "version": self.version}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            config[f.name] = value.to_config() if isinstance(value, Codec) else value
+        return config
+
+    # --- encoding ---
+
+    def encode(
+        self,
+        weight: Tensor,
+        hessian: Tensor | Hessian | None = None,
+        *,
+        seed: int = 0,
+        label: str = "",
+    ) -> Packed:
+        """Compress `weight` (out, in).
+
+        `hessian` (in, in) is E[x x^T] of the layer's input: with it, errors are fed back column block
+        by column block and scales are fitted in its metric. `label` names the layer in warnings.
+        """
+        weight = check_weight(weight, self.name)
+        shape = (weight.shape[0], weight.shape[1])
+        prepared = Hessian.prepare(hessian, shape[1], label)
+        params = self.initial_params(weight, seed)
+        if prepared is not None and self.tile(shape).cols <= max(16, shape[1] // 2):
+            codes, params = encode_with_feedback(self, weight, params, prepared)
+        else:
+            importance = None if prepared is None else prepared.diagonal()
+            codes, fitted = ops.encode(weight, importance, list(params.values()), self.spec)
+            params = dict(zip(params, fitted, strict=True))
+        packed = Packed(self, shape, codes, params)
+        if "out_scale" in params and weight.numel():
+            params["out_scale"] = round_to_half(refit_out_scale(packed, weight, prepared))
+        return packed
+
+    def decode_reference(
+        self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]
+    ) -> Tensor:
+        """decode in plain torch, in the dtype of the params; float32 gives the kernels' bits."""
+        out, n = shape
+        out_block, in_block = self.blocks(shape)
+        w = hadamard(self.decode_tiles(codes, params, shape)[:, :n], in_block)
+        w = hadamard(w[:out].t(), out_block).t()
+        if "out_scale" in params:
+            w = w * params["out_scale"][:, None]
+        if "in_scale" in params:
+            w = w * params["in_scale"]
+        return w
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Reference of ops.hadamard: stages of a + b, a - b in rising stride, then one product."""
+    if block == 1:
+        return x
+    shape, step = x.shape, 1
+    while step < block:
+        a, b = x.reshape(-1, 2, step).unbind(1)
+        x = torch.stack((a + b, a - b), 1)
+        step *= 2
+    return x.reshape(shape) * torch.tensor(block**-0.5, dtype=x.dtype, device=x.device)
+
+
+def check_weight(weight: Tensor, name: str) -> Tensor:
+    """A contiguous float32 matrix, or one sentence on what is wrong with it."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: weight must have two dimensions, got shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name}: weight must be floating point, got {weight.dtype}")
+    return weight.detach().to("cpu", torch.float32).contiguous()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Codec):
+        return value.spec
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

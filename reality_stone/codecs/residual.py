@@ -1,0 +1,72 @@
+"""residual: W = decode(base) + decode(rest), any two codecs, the second on what the first left over.
+
+Source: the residual compensation of the documents ("RBE-8"); layout in csrc/codecs/residual.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..packed import Packed
+from .base import Codec, Param, check_weight
+from .sparse import Sparse
+from .trellis import Trellis
+
+
+@dataclass(frozen=True)
+class Residual(Codec):
+    """clip: largest magnitude of the remainder that is kept, as a share of the weight's largest; 0
+    keeps everything (the documents clamp at 0.1)."""
+
+    name: ClassVar[str] = "residual"
+    base: Codec = field(default_factory=Trellis)
+    rest: Codec = field(default_factory=Sparse)
+    clip: float = 0.0
+
+    def __post_init__(self):
+        for part in (self.base, self.rest):
+            if not isinstance(part, Codec):
+                raise ValueError(f"residual: base and rest must be codecs, got {part!r}")
+        if not self.clip >= 0:
+            raise ValueError(f"residual: clip must be 0 or positive, got {self.clip}")
+
+    @classmethod
+    def at_bits(cls, bits):
+        return cls(base=Trellis.at_bits(bits))
+
+    def tile(self, shape):
+        return self.base.tile(shape)
+
+    def params(self, shape):
+        tile = self.rest.tile(shape)
+        codes = Param("rest_codes", (*tile.grid(shape), tile.bytes), "both", codes=True)
+        rest = [Param(f"rest_{p.name}", p.sizes, p.axis, p.codes) for p in self.rest.params(shape)]
+        return (*self.base.params(shape), codes, *rest)
+
+    def encode(self, weight, hessian=None, *, seed=0, label="") -> Packed:
+        weight = check_weight(weight, self.name)
+        base = self.base.encode(weight, hessian, seed=seed, label=label)
+        left = weight - base.decode()
+        if self.clip:
+            bound = self.clip * weight.abs().max()
+            left = left.clamp(-bound, bound)
+        rest = self.rest.encode(left, hessian, seed=seed + 1, label=label)
+        params = base.params | {"rest_codes": rest.codes}
+        params |= {f"rest_{name}": p for name, p in rest.params.items()}
+        return Packed(self, base.shape, base.codes, params)
+
+    def decode_reference(self, codes, params, shape):
+        rest = {k.removeprefix("rest_"): v for k, v in params.items() if k.startswith("rest_")}
+        rest_codes = rest.pop("codes")
+        base = {k: v for k, v in params.items() if not k.startswith("rest_")}
+        return self.base.decode_reference(codes, base, shape) + self.rest.decode_reference(
+            rest_codes, rest, shape
+        )
+
+    def decode_tiles(self, codes, params, shape) -> Tensor:
+        raise NotImplementedError("residual is two terms: see decode_reference")
+
+    initial_params = encode_reference = decode_tiles

@@ -1,0 +1,299 @@
+"""The torch ops: typed wrappers, shape rules, derivatives. The only file that says torch.ops.
+
+The kernels are C++ (csrc/). Where the compiled library is missing the same ops are defined here and
+`reality_stone.reference` gives them plain-torch kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    MISSING = str(error)
+else:
+    MISSING = ""
+
+# Equal to the schemas in csrc/library.cpp; a test compares them.
+SCHEMAS = {
+    "encode": "(Tensor weight, Tensor? importance, Tensor[] params, str codec)"
+    " -> (Tensor, Tensor[])",
+    "decode": "(Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor",
+    "linear": "(Tensor x, Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor",
+    "linear_grad_input": "(Tensor grad, Tensor codes, Tensor[] params, str codec, int[] shape)"
+    " -> Tensor",
+    "linear_grad_params": "(Tensor grad, Tensor x, Tensor codes, Tensor[] params, str codec,"
+    " int[] shape) -> Tensor[]",
+    "check_codes": "(Tensor codes, Tensor[] params, str codec, int[] shape) -> ()",
+    "hadamard": "(Tensor x, int block) -> Tensor",
+    "trellis_encode": "(Tensor targets, Tensor radius, Tensor angle, float bits, str search)"
+    " -> Tensor",
+}
+
+_library = torch.library.Library("reality_stone", "FRAGMENT")
+if _C is None:
+    for _name, _schema in SCHEMAS.items():
+        _library.define(_name + _schema)
+_ops = torch.ops.reality_stone
+
+
+def compiled() -> bool:
+    """Whether the C++ library is loaded."""
+    return _C is not None
+
+
+def register_reference(kernels: dict[str, Callable]) -> None:
+    """Give devices without compiled kernels the plain-torch ones."""
+    keys = ["CUDA"] if compiled() else ["CPU", "CUDA"]
+    for name, kernel in kernels.items():
+        for key in keys:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _library.impl(name, kernel, key)
+    if not compiled():
+        warnings.warn(
+            "reality_stone: the compiled library is not there, using the slow plain-torch "
+            f"reference ({MISSING}); `reality-stone doctor` says more",
+            stacklevel=3,
+        )
+
+
+# --- wrappers -------------------------------------------------------------------------------------
+
+
+def encode(
+    weight: Tensor, importance: Tensor | None, params: Sequence[Tensor], codec: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Codes of `weight` (out, in) float32, and `params` with those the codec fits per tile replaced.
+
+    `importance` (in,) weighs the squared error per column. Raises ValueError on a weight that is not
+    finite, naming its first position.
+    """
+    return _ops.encode(weight, importance, list(params), codec)
+
+
+def decode(codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]) -> Tensor:
+    """The float32 weight (out, in); the same bits on every device and instruction set."""
+    return _ops.decode(codes, list(params), codec, list(shape))
+
+
+def linear(
+    x: Tensor, codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
+) -> Tensor:
+    """x (..., in) @ decode(...).T in x's dtype, without building the weight."""
+    return _ops.linear(x, codes, list(params), codec, list(shape))
+
+
+def linear_grad_input(
+    grad: Tensor, codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
+) -> Tensor:
+    """grad (..., out) @ decode(...) in grad's dtype."""
+    return _ops.linear_grad_input(grad, codes, list(params), codec, list(shape))
+
+
+def linear_grad_params(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    params: Sequence[Tensor],
+    codec: str,
+    shape: Sequence[int],
+) -> list[Tensor]:
+    """Gradient of each param for dLoss/dy = grad; an empty tensor for params that are codes."""
+    return _ops.linear_grad_params(grad, x, codes, list(params), codec, list(shape))
+
+
+def check_codes(
+    codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
+) -> None:
+    """Raise ValueError unless every tile is a code the encoder could have written."""
+    _ops.check_codes(codes, list(params), codec, list(shape))
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of each run of `block` values of the last dimension."""
+    return _ops.hadamard(x, block)
+
+
+def trellis_encode(
+    targets: Tensor, radius: Tensor, angle: Tensor, bits: float, search: str = "exact"
+) -> Tensor:
+    """Ring codes (tiles, 32 * bits) of the best tail-biting path for each row of (tiles, 256)."""
+    return _ops.trellis_encode(targets, radius, angle, float(bits), search)
+
+
+# --- shape rules ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("reality_stone::decode", lib=_library)
+def _(codes, params, codec, shape):
+    return codes.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("reality_stone::linear", lib=_library)
+def _(x, codes, params, codec, shape):
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.register_fake("reality_stone::linear_grad_input", lib=_library)
+def _(grad, codes, params, codec, shape):
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+@torch.library.register_fake("reality_stone::linear_grad_params", lib=_library)
+def _(grad, x, codes, params, codec, shape):
+    return [torch.empty_like(p) if p.is_floating_point() else x.new_empty(0) for p in params]
+
+
+@torch.library.register_fake("reality_stone::check_codes", lib=_library)
+def _(codes, params, codec, shape):
+    return None
+
+
+@torch.library.register_fake("reality_stone::hadamard", lib=_library)
+def _(x, block):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("reality_stone::trellis_encode", lib=_library)
+def _(targets, radius, angle, bits, search):
+    return targets.new_empty((targets.shape[0], int(32 * bits)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("reality_stone::encode", lib=_library)
+def _(weight, importance, params, codec):
+    rows, cols, size = _tile(codec, tuple(weight.shape))
+    out, n = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
+    codes = weight.new_empty((out, n, size), dtype=torch.uint8)
+    return codes, [torch.empty_like(p) for p in params]
+
+
+_tile: Callable[[str, tuple[int, int]], tuple[int, int, int]] = lambda codec, shape: (1, 1, 1)  # noqa: E731
+
+
+def set_tile_rule(rule: Callable[[str, tuple[int, int]], tuple[int, int, int]]) -> None:
+    """How the fake kernel of `encode` learns a codec's tile (from the registry of codecs)."""
+    global _tile
+    _tile = rule
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+def _linear_setup(ctx, inputs, output):
+    x, codes, params, ctx.codec, ctx.shape = inputs
+    ctx.save_for_backward(x, codes, *params)
+
+
+def _linear_backward(ctx, grad):
+    x, codes, *params = ctx.saved_tensors
+    dx = dparams = None
+    if ctx.needs_input_grad[0]:
+        dx = linear_grad_input(grad, codes, params, ctx.codec, ctx.shape)
+    if any(_wanted(ctx, 2, params)):
+        dparams = linear_grad_params(grad, x, codes, params, ctx.codec, ctx.shape)
+        dparams = [g if wanted else None for g, wanted in zip(dparams, _wanted(ctx, 2, params), strict=True)]
+    return dx, None, dparams if dparams is not None else [None] * len(params), None, None
+
+
+def _wanted(ctx, position, params) -> list[bool]:
+    """Which params of the list argument need a gradient."""
+    needs = ctx.needs_input_grad[position]
+    needs = list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)] * len(params)
+    return [n and p.is_floating_point() for n, p in zip(needs, params, strict=True)]
+
+
+torch.library.register_autograd(
+    "reality_stone::linear", _linear_backward, setup_context=_linear_setup, lib=_library
+)
+
+
+def _decode_setup(ctx, inputs, output):
+    codes, params, ctx.codec, ctx.shape = inputs
+    ctx.save_for_backward(codes, *params)
+
+
+def _decode_backward(ctx, grad):
+    # dLoss/dW = grad is the product rule for x = identity: y = W.T, so grad of y is grad.T.
+    codes, *params = ctx.saved_tensors
+    eye = torch.eye(ctx.shape[1], device=grad.device)
+    dparams = linear_grad_params(grad.t().float(), eye, codes, params, ctx.codec, ctx.shape)
+    wanted = _wanted(ctx, 1, params)
+    return None, [g if w else None for g, w in zip(dparams, wanted, strict=True)], None, None
+
+
+torch.library.register_autograd(
+    "reality_stone::decode", _decode_backward, setup_context=_decode_setup, lib=_library
+)
+torch.library.register_autograd(
+    "reality_stone::hadamard",
+    lambda ctx, grad: (hadamard(grad, ctx.block), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "block", inputs[1]),
+    lib=_library,
+)
+
+
+# --- the library ----------------------------------------------------------------------------------
+
+
+def build_info() -> dict:
+    """Compiler, torch and CUDA the library was built with, and its codecs; empty without it."""
+    return _C.build_info() if compiled() else {}
+
+
+def isa() -> str:
+    """Instruction set in use: avx512, avx2, generic, or reference without the library."""
+    return _C.isa() if compiled() else "reference"
+
+
+def describe(codec: str, shape: Sequence[int]) -> list[dict]:
+    """Tile, params and kernels of each term of a codec in the compiled library."""
+    return _C.describe(codec, *shape) if compiled() else []
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run with a lower instruction set ("generic", "avx2", "avx512"); for tests and measurements."""
+    if not compiled():
+        raise RuntimeError("the compiled library is not there, so there is no instruction set to choose")
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextlib.contextmanager
+def accuracy(mode: str) -> Iterator[None]:
+    """Compute type of `linear` and its gradients: "auto" (bf16 and int16 where fast; relative error
+    of a product at most 3e-3) or "exact" (float32). Process-wide; the compiled library only."""
+    if mode not in ("auto", "exact"):
+        raise ValueError(f"accuracy must be 'auto' or 'exact', got {mode!r}")
+    before = compiled() and _C.exact()
+    if compiled():
+        _C.set_exact(mode == "exact")
+    try:
+        yield
+    finally:
+        if compiled():
+            _C.set_exact(before)
+
+
+@contextlib.contextmanager
+def progress(callback: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `callback(tiles_done, tiles_in_all)` from inside long encodes."""
+    if compiled():
+        _C.set_progress(callback)
+    try:
+        yield
+    finally:
+        if compiled():
+            _C.set_progress(None)
