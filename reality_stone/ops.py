@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,19 +170,19 @@ def _(targets, radius, angle, bits, search):
 
 @torch.library.register_fake("reality_stone::encode", lib=_library)
 def _(weight, importance, params, codec):
-    rows, cols, size = _tile(codec, tuple(weight.shape))
-    out, n = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
-    codes = weight.new_empty((out, n, size), dtype=torch.uint8)
+    tile = _parse_codec(codec).tile((weight.shape[0], weight.shape[1]))
+    grid = tile.grid((weight.shape[0], weight.shape[1]))
+    codes = weight.new_empty((*grid, tile.bytes), dtype=torch.uint8)
     return codes, [torch.empty_like(p) for p in params]
 
 
-_tile: Callable[[str, tuple[int, int]], tuple[int, int, int]] = lambda codec, shape: (1, 1, 1)  # noqa: E731
+_parse_codec: Callable[[str], Any]
 
 
-def set_tile_rule(rule: Callable[[str, tuple[int, int]], tuple[int, int, int]]) -> None:
-    """How the fake kernel of `encode` learns a codec's tile (from the registry of codecs)."""
-    global _tile
-    _tile = rule
+def set_codec_parser(parse: Callable[[str], Any]) -> None:
+    """How the fake kernel of `encode` learns a codec's tile: codecs are above this room."""
+    global _parse_codec
+    _parse_codec = parse
 
 
 # --- derivatives ----------------------------------------------------------------------------------

@@ -83,10 +83,4 @@ def _from_node(node: ast.AST) -> Any:
     return ast.literal_eval(node)
 
 
-@functools.lru_cache(maxsize=4096)
-def _tile(spec: str, shape: tuple[int, int]) -> tuple[int, int, int]:
-    tile = _parse(spec).tile(shape)
-    return tile.rows, tile.cols, tile.bytes
-
-
-ops.set_tile_rule(_tile)
+ops.set_codec_parser(functools.lru_cache(maxsize=4096)(_parse))
