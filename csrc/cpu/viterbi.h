@@ -21,8 +21,8 @@ class TrellisSearch {
   TrellisSearch(const TrellisSearch&) = delete;
   TrellisSearch& operator=(const TrellisSearch&) = delete;
 
-  // targets: n tiles of 256 floats, row by row. codes: n * 16 * k bytes, all written. Scratch (up to
-  // 20 MB) stays with the calling thread.
+  // targets: n tiles of 256 floats, row by row. codes: n * 16 * k bytes, all written. Scratch (up to 9 MB)
+  // stays with the calling thread.
   void run(const float* targets, int64_t n, uint8_t* codes) const;
 
   // Tiles that run() takes through the trellis together; callers hand it multiples.

@@ -33,6 +33,10 @@ constexpr int kTiles = 4;  // taken through a pass together: the points are read
 constexpr int kBottom = -32768, kTop = 32767;
 constexpr int kCoarse = 90;
 
+// int16 from one tile's metrics to the next one's. A step reads at strides of a power of two in each
+// tile; a line more keeps the tiles out of each other's cache sets.
+constexpr int metric_stride(int k) { return (1 << (16 - k)) + 32; }
+
 // The targets of a pass, the tiles side by side within a step.
 struct Targets {
   int steps;
@@ -43,7 +47,7 @@ struct Targets {
 
 struct Kernels {
   // From the metrics before the first step, with their lowest at kBottom + bound, computes those
-  // before and after all others: metrics[steps + 1][kTiles][2^(16-K)].
+  // before and after all others: metrics[steps + 1][kTiles][metric_stride(K)].
   void (*forward)(const Targets&, const int16_t* rows, int16_t* metrics);
   // Walks back over steps last - 1 to first. overlap: those after the steps, on return those before.
   void (*back)(const Targets&, const int16_t* columns, const int16_t* metrics, int first, int last,
