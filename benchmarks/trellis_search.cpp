@@ -1,11 +1,11 @@
-// Error and speed of the trellis search, one thread, on unit Gaussian tiles.
+// Error and speed of the trellis search on unit Gaussian tiles, one thread.
 //
-//   g++ -O3 -std=c++20 -ffp-contract=off -I csrc benchmarks/trellis_search.cpp csrc/cpu/viterbi*.cpp
-//   ./a.out [tiles = 1024] [repeats = 3] [isa = all]
+//   g++ -O3 -std=c++20 -ffp-contract=off -Icsrc benchmarks/trellis_search.cpp csrc/cpu/viterbi*.cpp
+//   ./a.out [tiles = 1024] [repeats = 3] [avx512|avx2|generic = all]
 //
-// One line per rate, search and instruction set: normalised squared error after the best single gain,
-// decoded by the codec's own decode; millions of weights a second, by processor time, best of the repeats. Exits with 1
-// when two instruction sets give different codes.
+// A line per rate, search and instruction set: normalised squared error after the best single gain,
+// from the codec's own decode, and millions of weights per second of processor time, best of the
+// repeats. Exits with 1 when two instruction sets give different codes.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -60,8 +60,8 @@ double error(const std::vector<float>& x, const std::vector<uint8_t>& codes, con
   return 1 - xq * xq / (qq * xx);
 }
 
-constexpr double (*kError[])(const std::vector<float>&, const std::vector<uint8_t>&, const Table&) = {
-    error<3>, error<4>, error<5>, error<6>, error<7>, error<8>};
+constexpr decltype(&error<3>) kError[] = {error<3>, error<4>, error<5>,
+                                          error<6>, error<7>, error<8>};
 
 }  // namespace
 
@@ -95,8 +95,9 @@ int main(int argc, char** argv) {
         if (first.empty()) first = codes;
         const bool same = codes == first;
         equal = equal && same;
-        std::printf("%.1f   %-6s  %-8s  %.5f  %6.3f%s\n", k / 2.0, search == Search::exact ? "exact" : "fast",
-                    name, kError[k - 3](x, codes, table), n * 256 / best / 1e6,
+        std::printf("%.1f   %-6s  %-8s  %.5f  %6.3f%s\n", k / 2.0,
+                    search == Search::exact ? "exact" : "fast", name,
+                    kError[k - 3](x, codes, table), n * 256 / best / 1e6,
                     same ? "" : "  codes differ");
         std::fflush(stdout);
       }

@@ -37,7 +37,11 @@ constexpr int kFastSeam[6] = {16, 12, 12, 16, 8, 8};
 constexpr int kLastCoarse = 6;
 
 const KernelTable& kernels_for(Isa isa) {
-  return isa == Isa::avx512 ? avx512_kernels() : isa == Isa::avx2 ? avx2_kernels() : generic_kernels();
+  switch (isa) {
+    case Isa::avx512: return avx512_kernels();
+    case Isa::avx2: return avx2_kernels();
+    default: return generic_kernels();
+  }
 }
 
 int16_t nearest(float x) {
@@ -130,8 +134,8 @@ struct TrellisSearch::Impl {
     }
   }
 
-  // One batch: a free run around the ring's start settles the overlap there, a second run is held to it
-  // at both ends.
+  // One batch: a free run around the ring's start settles the overlap there, a second run is held to
+  // it at both ends.
   void run(const float* targets, int64_t n, uint8_t* codes) const {
     thread_local Buffer metrics;
     const int overlaps = 1 << (16 - k), stride = metric_stride(k), batch = kTiles * stride;

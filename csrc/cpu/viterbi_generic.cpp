@@ -1,4 +1,4 @@
-// The trellis search without intrinsics: loops of 32 that a compiler turns into vectors of any length.
+// The trellis search without intrinsics: 8 lanes of the compiler's own vectors.
 #include <cstring>
 
 #include "viterbi_pass.h"
@@ -29,7 +29,7 @@ struct Generic {
   }
   static V min(V x, V y) { return x < y ? x : y; }
   static V mulhrs(V x, V y) {
-    // Vectors have no widening product; the compiler knows one in loops, if it does not unroll first.
+    // Vectors have no widening product; loops get one, if they are not unrolled first.
     int16_t p[kLanes], q[kLanes];
     std::memcpy(p, &x, sizeof p);
     std::memcpy(q, &y, sizeof q);

@@ -60,7 +60,7 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
       int16_t* to = metrics + ((t + 1) * kTiles + first) * kStride;
       Grain grain[kGroup];
       V lowest[kGroup];
-      int16_t drop[kGroup];  // what metrics are lowered by, known before the step so that no pass is added
+      int16_t drop[kGroup];  // lowers the metrics; known before the step, which saves a pass
       for (int i = 0; i < kGroup; ++i) {
         const int tile = first + i;
         grain[i] = Grain(x.a[t][tile], x.b[t][tile]);
@@ -77,7 +77,8 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
             for (int d = 0; d < R::kDropped; ++d) {
               const typename Grain::Points points(block + d * kRow + lane);
               for (int i = 0; i < kGroup; ++i) {
-                const V before = S::template spread<R::kPeers>(from + i * kStride + hi + d * R::kHigh);
+                const int16_t* metric = from + i * kStride + hi + d * R::kHigh;
+                const V before = S::template spread<R::kPeers>(metric);
                 best[i] = S::min(best[i], S::add(grain[i].error(points), before));
               }
             }
@@ -86,6 +87,7 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
               if constexpr (R::kPeersDropped) best[i] = S::min(best[i], S::swap(best[i]));
               const V metric = S::sub(best[i], S::fill(drop[i]));
               lowest[i] = S::min(lowest[i], metric);
+              // Where peers are dropped values their lanes are equal by now and go to one place.
               S::template store<R::kPeers>(to + i * kStride + after, R::kPeersDropped ? 0 : 1 << K,
                                            metric);
             }
@@ -107,7 +109,8 @@ void back(const Targets& x, const int16_t* columns, const int16_t* metrics, int 
       for (int d = 0; d < kDropped; ++d) before[d] = metric[d * kHigh];
       int32_t best = INT32_MAX;  // cost above, dropped value in the low byte
       for (int d = 0; d < kDropped; ++d) {
-        const int32_t cost = saturate(Grain::error(points + d, kDropped, a, b) + before[d]) * 256 + d;
+        const int error = Grain::error(points + d, kDropped, a, b);
+        const int32_t cost = saturate(error + before[d]) * 256 + d;
         best = cost < best ? cost : best;
       }
       best &= 255;
