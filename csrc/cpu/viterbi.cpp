@@ -45,6 +45,7 @@ const KernelTable& kernels_for(Isa isa) {
 }
 
 int16_t nearest(float x) {
+  if (std::isnan(x)) return 0;
   return static_cast<int16_t>(std::clamp(std::floor(x + 0.5f), float{kBottom}, float{kTop}));
 }
 
@@ -134,8 +135,8 @@ struct TrellisSearch::Impl {
     }
   }
 
-  // One batch: a free run around the ring's start settles the overlap there, a second run is held to
-  // it at both ends.
+  // One batch: a free run around the ring's start settles the overlap there, a second run is held
+  // to it at both ends.
   void run(const float* targets, int64_t n, uint8_t* codes) const {
     thread_local Buffer metrics;
     const int overlaps = 1 << (16 - k), stride = metric_stride(k), batch = kTiles * stride;

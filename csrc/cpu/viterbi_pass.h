@@ -20,8 +20,8 @@
 //              bytes,  R^2 = 4050 in norm;   error = norm - (u * a + v * b), which fits int16
 //
 // Either is |point - target|^2 less what depends on the target alone, so that errors go down to
-// -bound. Metrics are kept with their lowest at kBottom + bound or a little above: nothing saturates
-// at the bottom, and what saturates at the top has lost.
+// -bound. Metrics are kept with their lowest at kBottom + bound or a little above, so that nothing
+// saturates at the bottom, and what saturates at the top has lost.
 #pragma once
 
 #include <cstdint>
@@ -64,8 +64,8 @@ const KernelTable& avx512_kernels();
 //
 // columns: a run per overlap after the step, of its 2^K dropped values.
 // rows: runs of 32 states that share a dropped value, in the order in which `forward` reads them:
-// by block of overlaps after the step, then by dropped value. Neighbours in a row are kPeers overlaps
-// before the step, so that one broadcast of kPeers metrics serves the row without a permutation:
+// by block of overlaps after the step, then by dropped value. Neighbours in a row are kPeers
+// overlaps before the step, so that one broadcast of kPeers metrics serves the row:
 //
 //     lane   0           1               2           3
 //            hi, new 0   hi + 1, new 0   hi, new 1   hi + 1, new 1 ...      o' = hi << K | new
