@@ -1,7 +1,7 @@
 // Times and checks the fast CPU slots without torch.
 //
 //   g++ -O3 -std=c++20 -ffp-contract=off -pthread benchmarks/kernels.cpp csrc/cpu/{trellis,uniform}_avx*.cpp -o kernels
-//   ./kernels [substring of a format's name]
+//   ./kernels [substring of a format's name [out in [warm]]]
 //
 // Weights rotate over copies beyond three times a 32 MB cache, so they come from memory. `plain` codes
 // lie in ordinary pages, `huge` in huge ones. Checks: the product against float64 over decode_loop's
@@ -29,6 +29,7 @@ using namespace rs;
 namespace {
 
 constexpr size_t kCold = 3 * (size_t{32} << 20);
+bool warm = false;  // one copy: what a kernel does when memory is no limit
 
 struct Random {
   uint64_t state;
@@ -229,7 +230,7 @@ void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
   check(f, row, isa);
   if (!row.linear && !row.decode && !row.decode_bf16) return;
   const double weights = static_cast<double>(out * in), bytes = weights * f.bits / 8;
-  const size_t copies = kCold / static_cast<size_t>(bytes) + 2;
+  const size_t copies = warm ? 1 : kCold / static_cast<size_t>(bytes) + 2;
   for (const bool huge : {false, true}) {
     const Weights data(f, out, in, copies, huge);
     const std::string pages = huge ? " huge " : " plain ";
@@ -294,6 +295,7 @@ void time_float(int64_t out, int64_t in) {
 int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "";
   const int64_t out = argc > 3 ? std::atoll(argv[2]) : 14336, in = argc > 3 ? std::atoll(argv[3]) : 4096;
+  warm = argc > 4;
   const std::vector<Format> formats = {
       trellis<4>(), trellis<3>(), trellis<5>(), trellis<6>(), trellis<7>(), trellis<8>(),
       uniform<4, true>(64), uniform<4, false>(64), uniform<8, true>(64), uniform<8, false>(64), uniform<4, true>(128),

@@ -53,11 +53,7 @@ struct Quantum {
   }
 };
 
-// Batches the kernels are compiled for; a batch between two is filled up with zero rows.
-constexpr int kMaxBatch = 8;
-constexpr int compiled_batch(int64_t m) {
-  return m <= 4 ? static_cast<int>(m) : m <= 6 ? 6 : kMaxBatch;
-}
+constexpr int kMaxBatch = 8;  // rows of x a kernel takes at once
 
 // Parallel ranges of rows get at least this many weights, below which a thread costs more than it does.
 constexpr int64_t kWeightsPerThread = 1 << 16;

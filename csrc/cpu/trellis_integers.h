@@ -12,6 +12,11 @@ namespace rs {
 constexpr int kTrellisTop = 8191;         // of activations, 14 bits with the sign
 constexpr int kTrellisRadiusTop = 11500;  // of radii; directions have 32767
 
+// Rows of x the kernels are compiled for; a batch between two is filled up with zero rows.
+constexpr int trellis_batch(int64_t m) {
+  return m <= 4 ? static_cast<int>(m) : m <= 6 ? 6 : kMaxBatch;
+}
+
 // u = radius * cosine / 2^15 in units of `unit`, and so v. Directions are indexed by the sign bit and
 // the phase: entry 16 + i is minus entry i.
 struct TrellisIntegers {
@@ -54,7 +59,7 @@ struct TrellisActivations {
   Lines<float> scale;  // [pair][row]
 
   TrellisActivations(const float* x, int64_t m, int64_t in, int half_stride, int step_stride)
-      : batch(compiled_batch(m)),
+      : batch(trellis_batch(m)),
         pairs_of_tiles((in + 31) / 32),
         values(pairs_of_tiles * batch * 32),
         scale(pairs_of_tiles * batch) {
