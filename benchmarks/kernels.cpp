@@ -249,16 +249,17 @@ void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
         }
     if (!huge) continue;
     constexpr int64_t kPanel = 64;
-    std::vector<float> w(static_cast<size_t>(kPanel * in));
+    const Pages panel(static_cast<size_t>(kPanel * in) * sizeof(float), true);
+    float* w = reinterpret_cast<float*>(panel.data());
     const auto panels = [&](auto decode, auto* to) {
       return measure(10, [&](size_t r) {
         for (int64_t i = 0; i < out / 4; i += kPanel) decode(data.layers[r % copies], i, i + kPanel, to);
       });
     };
     const std::string who = f.name + " " + isa_name(isa);
-    if (row.decode) print(who + " decode 1t", panels(row.decode, w.data()), weights / 4, bytes / 4);
+    if (row.decode) print(who + " decode 1t", panels(row.decode, w), weights / 4, bytes / 4);
     if (row.decode_bf16)
-      print(who + " decode_bf16 1t", panels(row.decode_bf16, reinterpret_cast<uint16_t*>(w.data())), weights / 4, bytes / 4);
+      print(who + " decode_bf16 1t", panels(row.decode_bf16, reinterpret_cast<uint16_t*>(w)), weights / 4, bytes / 4);
   }
 }
 

@@ -77,10 +77,30 @@ constexpr std::array<Cut, 4> step_cuts() {
   return steps;
 }
 
+// Decoding: states of rows 4 * g to 4 * g + 3. The even 16-bit lanes are 16 states of the first two
+// rows, the odd ones those of the other two. `Split` rows share each 128 bits, as unpacking them with
+// their partners into floats needs it; otherwise the first row comes first.
+template <int K, bool Split>
+constexpr std::array<Cut, 4> row_cuts() {
+  std::array<Cut, 4> groups{};
+  for (int g = 0; g < 4; ++g)
+    for (int c = 0; c < 8; ++c) {  // 64 bits: a pair of states from each half
+      const int n = 32 * g + (Split ? 8 * (c % 2) + c / 2 * 2 : 2 * c);
+      for (int odd = 0; odd < 2; ++odd) {
+        fetch_pair<K>(groups[g].bytes, 2 * c + odd, n + 16 * odd);
+        for (int half = 0; half < 2; ++half)
+          cut_state<K>(groups[g].cut, 4 * c + 2 * half + odd, 2 * c + odd, n, half);
+      }
+    }
+  return groups;
+}
+
 template <int K>
 constexpr auto kLaneWords = lane_words<K>();
 template <int K>
 constexpr auto kStepCuts = step_cuts<K>();
+template <int K, bool Split>
+constexpr auto kRowCuts = row_cuts<K, Split>();
 
 constexpr Words next_word() {
   Words words{};
@@ -227,6 +247,133 @@ void product(const Layer& layer, const TrellisIntegers& integers, const TrellisA
   }
 }
 
+struct FloatTables {
+  __m512 cosine, sine;
+  __m512i radius_low[2], radius_high[2];  // halves of the floats, so that one lookup is for 32 states
+
+  RS_INLINE explicit FloatTables(const PolarAxes& t)
+      : cosine(_mm512_loadu_ps(t.cosine)), sine(_mm512_loadu_ps(t.sine)) {
+    alignas(64) uint16_t low[64], high[64];
+    for (int i = 0; i < 64; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, t.radius + i, sizeof bits);
+      low[i] = static_cast<uint16_t>(bits);
+      high[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int i = 0; i < 2; ++i) radius_low[i] = load(low + 32 * i), radius_high[i] = load(high + 32 * i);
+  }
+
+  // Points of the even (0) and odd (1) 16-bit lanes' states.
+  RS_INLINE void points(__m512i states, __m512* u, __m512* v) const {
+    constexpr __mmask32 kOdd = 0xAAAAAAAAu;
+    const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+    __m512i high, low;
+    hash(states, &high, &low);
+    const __m512i amp = _mm512_srli_epi16(high, 5);
+    const __m512i r0 = _mm512_permutex2var_epi16(radius_low[0], amp, radius_low[1]);
+    const __m512i r1 = _mm512_permutex2var_epi16(radius_high[0], amp, radius_high[1]);
+    const __m512i radius[2] = {_mm512_mask_blend_epi16(kOdd, r0, _mm512_slli_epi32(r1, 16)),
+                               _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(r0, 16), r1)};
+    const __m512i h[2] = {_mm512_slli_epi32(high, 16), high};
+    const __m512i l[2] = {_mm512_slli_epi32(low, 16), low};
+    for (int i = 0; i < 2; ++i) {
+      const __m512i phase = _mm512_srli_epi32(h[i], 27);
+      const __m512 r = _mm512_castsi512_ps(radius[i]);
+      u[i] = _mm512_mul_ps(_mm512_permutexvar_ps(phase, cosine), r);
+      v[i] = _mm512_mul_ps(_mm512_permutexvar_ps(phase, sine), r);
+      u[i] = flip(u[i], h[i], sign);
+      v[i] = flip(v[i], l[i], sign);
+    }
+  }
+  // x with its sign changed where bit 31 of h is set.
+  static RS_INLINE __m512 flip(__m512 x, __m512i h, __m512i sign) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), h, sign, 0x78));
+  }
+};
+
+// Adds half an ulp of bfloat16, to even: the upper 16 bits of a lane are the rounded number.
+RS_INLINE __m512i round_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+}
+
+template <int K, bool Split>
+RS_INLINE __m512i row_states(const TileBytes<K>& bytes, int g) {
+  return _mm512_multishift_epi64_epi8(load(kRowCuts<K, Split>[0].cut.at),
+                                      bytes.permute(kRowCuts<K, Split>[g].bytes));
+}
+
+template <int K>
+void decode_rows(const Layer& layer, const PolarAxes& table, int64_t row0, int64_t row1, float* w) {
+  constexpr int kTileBytes = 16 * K;
+  const FloatTables tables(table);
+  const int64_t in = layer.in, tiles = layer.tile_cols();
+  const uint8_t* tile = layer.codes + row0 / 16 * tiles * kTileBytes;
+  for (int64_t row = row0; row < row1; row += 16, w += 16 * in)
+    for (int64_t t = 0; t < tiles; ++t, tile += kTileBytes) {
+      const TileBytes<K> bytes(tile);
+      for (int g = 0; g < 4; ++g) {
+        __m512 u[2], v[2];
+        tables.points(row_states<K, true>(bytes, g), u, v);
+        float* to = w + 4 * g * in + 16 * t;
+        for (int i = 0; i < 2; ++i) {
+          _mm512_storeu_ps(to + 2 * i * in, _mm512_unpacklo_ps(u[i], v[i]));
+          _mm512_storeu_ps(to + (2 * i + 1) * in, _mm512_unpackhi_ps(u[i], v[i]));
+        }
+      }
+    }
+}
+
+// Rows 4 * g + 2 * i and 4 * g + 2 * i + 1 of a tile, a half of w[i] each.
+template <int K>
+RS_INLINE void row_pairs(const FloatTables& tables, const TileBytes<K>& bytes, int g, __m512i* w) {
+  __m512 u[2], v[2];
+  tables.points(row_states<K, false>(bytes, g), u, v);
+  for (int i = 0; i < 2; ++i)
+    w[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(round_bf16(u[i]), 16), round_bf16(v[i]));
+}
+
+// Two tiles at a time: together their rows fill cache lines, of which sixteen at a power of two's
+// distance would not stay in the first cache until the next tile.
+template <int K>
+void decode_rows(const Layer& layer, const PolarAxes& table, int64_t row0, int64_t row1, uint16_t* w) {
+  constexpr int kTileBytes = 16 * K;
+  const FloatTables tables(table);
+  const int64_t in = layer.in, tiles = layer.tile_cols();
+  const uint8_t* tile = layer.codes + row0 / 16 * tiles * kTileBytes;
+  for (int64_t row = row0; row < row1; row += 16, w += 16 * in) {
+    int64_t t = 0;
+    for (; t + 2 <= tiles; t += 2, tile += 2 * kTileBytes) {
+      const TileBytes<K> left(tile), right(tile + kTileBytes);
+      for (int g = 0; g < 4; ++g) {
+        __m512i a[2], b[2];
+        row_pairs<K>(tables, left, g, a);
+        row_pairs<K>(tables, right, g, b);
+        uint16_t* to = w + 4 * g * in + 16 * t;
+        for (int i = 0; i < 2; ++i) {
+          _mm512_storeu_si512(to + 2 * i * in, _mm512_shuffle_i64x2(a[i], b[i], 0x44));
+          _mm512_storeu_si512(to + (2 * i + 1) * in, _mm512_shuffle_i64x2(a[i], b[i], 0xEE));
+        }
+      }
+    }
+    if (t < tiles) {
+      const TileBytes<K> bytes(tile);
+      for (int g = 0; g < 4; ++g) {
+        __m512i a[2];
+        row_pairs<K>(tables, bytes, g, a);
+        uint16_t* to = w + 4 * g * in + 16 * t;
+        for (int i = 0; i < 2; ++i) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i * in), _mm512_castsi512_si256(a[i]));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (2 * i + 1) * in),
+                              _mm512_extracti64x4_epi64(a[i], 1));
+        }
+      }
+      tile += kTileBytes;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rs
 
@@ -255,7 +402,24 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 }
 
 template <int K>
+void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  decode_rows<K>(layer, PolarAxes(layer), row0, row1, w);
+}
+
+template <int K>
+void decode_bf16(const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  PolarAxes table(layer);
+  // Adding to a NaN whose bits are all ones would turn it into a zero.
+  for (float* t : {table.radius, table.cosine, table.sine})
+    for (int i = 0; i < (t == table.radius ? kTrellisRadii : kTrellisAngles); ++i)
+      if (std::isnan(t[i])) t[i] = std::numeric_limits<float>::quiet_NaN();
+  decode_rows<K>(layer, table, row0, row1, w);
+}
+
+template <int K>
 void fill(Row& row) {
+  row.decode = decode<K>;
+  row.decode_bf16 = decode_bf16<K>;
   row.linear = linear<K>;
   row.linear_max_m = 2 * kMaxBatch;
   row.linear_type = "int16 weights, 14-bit activations per 32 columns";

@@ -17,6 +17,16 @@ constexpr int trellis_batch(int64_t m) {
   return m <= 4 ? static_cast<int>(m) : m <= 6 ? 6 : kMaxBatch;
 }
 
+// The 96 numbers all weights come from; PolarTable without its products.
+struct PolarAxes {
+  float radius[kTrellisRadii], cosine[kTrellisAngles], sine[kTrellisAngles];
+
+  explicit PolarAxes(const Layer& layer) {
+    std::copy_n(layer.params[0], kTrellisRadii, radius);
+    for (int p = 0; p < kTrellisAngles; ++p) polar_direction(layer.params[1][p], &cosine[p], &sine[p]);
+  }
+};
+
 // u = radius * cosine / 2^15 in units of `unit`, and so v. Directions are indexed by the sign bit and
 // the phase: entry 16 + i is minus entry i.
 struct TrellisIntegers {
@@ -25,7 +35,7 @@ struct TrellisIntegers {
   float unit;
 
   explicit TrellisIntegers(const Layer& layer) {
-    const PolarTable table(layer.params[0], layer.params[1]);
+    const PolarAxes table(layer);
     // Beyond 2 pi the series leaves the unit circle; the longest direction is the unit then.
     float length = 1.0f;
     bool finite = true;
