@@ -31,6 +31,10 @@ class Lines {
   std::unique_ptr<T, Free> data_;
 };
 
+struct alignas(64) Bytes {
+  uint8_t at[64];
+};
+
 // How n floats become integers of at most `top` in magnitude: q = round(x * inverse), x ~ q * unit.
 // A NaN or an infinity makes unit NaN, so that it reaches every output it would reach in floats.
 struct Quantum {
@@ -52,6 +56,9 @@ struct Quantum {
     return static_cast<int16_t>(std::bit_cast<uint32_t>(x * inverse + 12582912.0f));
   }
 };
+
+// The NaN whose bits survive rounding to bfloat16.
+inline float quiet(float x) { return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x; }
 
 constexpr int kMaxBatch = 8;  // rows of x a kernel takes at once
 

@@ -11,8 +11,6 @@
 #include "fast.h"
 
 #if RS_FAST_X86
-#include <immintrin.h>
-
 #include <array>
 
 #include "parallel.h"
@@ -21,9 +19,6 @@
 namespace rs {
 namespace {
 
-struct alignas(64) Bytes {
-  uint8_t at[64];
-};
 struct alignas(64) Words {
   uint16_t at[32];
 };
@@ -112,31 +107,27 @@ constexpr Words kNextWord = next_word();
 }  // namespace
 }  // namespace rs
 
-#pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns inside its own intrinsics
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma")
+#include "avx512.h"
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
-
-RS_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
 // The 16 * K bytes of a tile; nothing past them is touched.
 template <int K>
 struct TileBytes {
   __m512i low, high;
 
-  RS_INLINE explicit TileBytes(const uint8_t* tile) {
-    if constexpr (K < 4) {
-      low = _mm512_maskz_loadu_epi8((1ull << (16 * K)) - 1, tile);
-    } else {
-      low = load(tile);
-      if constexpr (K == 8) high = load(tile + 64);
-      if constexpr (K > 4 && K < 8)
-        high = _mm512_maskz_loadu_epi8((1ull << ((16 * K - 64) & 63)) - 1, tile + 64);
-    }
+  RS_INLINE explicit TileBytes(const uint8_t* tile)
+      : low(first<K < 4 ? 16 * K : 64>(tile)), high(K > 4 ? first<K <= 4 ? 64 : 16 * K - 64>(tile + 64) : low) {}
+  // Masked loads are a little slower, and much beside stores.
+  template <int Size>
+  static RS_INLINE __m512i first(const uint8_t* p) {
+    if constexpr (Size == 64) return load(p);
+    const __m128i* parts = reinterpret_cast<const __m128i*>(p);
+    if constexpr (Size == 16) return _mm512_castsi128_si512(_mm_loadu_si128(parts));
+    const __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    if constexpr (Size == 32) return half;
+    return _mm512_inserti32x4(half, _mm_loadu_si128(parts + 2), 2);
   }
   RS_INLINE __m512i permute(const Bytes& index) const {
     if constexpr (K <= 4) return _mm512_permutexvar_epi8(load(index.at), low);
@@ -291,13 +282,6 @@ struct FloatTables {
   }
 };
 
-// Adds half an ulp of bfloat16, to even: the upper 16 bits of a lane are the rounded number.
-RS_INLINE __m512i round_bf16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-}
-
 template <int K, bool Split>
 RS_INLINE __m512i row_states(const TileBytes<K>& bytes, int g) {
   return _mm512_multishift_epi64_epi8(load(kRowCuts<K, Split>[0].cut.at),
@@ -409,10 +393,9 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
 template <int K>
 void decode_bf16(const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
   PolarAxes table(layer);
-  // Adding to a NaN whose bits are all ones would turn it into a zero.
-  for (float* t : {table.radius, table.cosine, table.sine})
-    for (int i = 0; i < (t == table.radius ? kTrellisRadii : kTrellisAngles); ++i)
-      if (std::isnan(t[i])) t[i] = std::numeric_limits<float>::quiet_NaN();
+  for (float& r : table.radius) r = quiet(r);
+  for (float& c : table.cosine) c = quiet(c);
+  for (float& s : table.sine) s = quiet(s);
   decode_rows<K>(layer, table, row0, row1, w);
 }
 

@@ -8,17 +8,12 @@
 #include "fast.h"
 
 #if RS_FAST_X86
-#include <immintrin.h>
-
 #include "parallel.h"
 #include "uniform_integers.h"
 
 namespace rs {
 namespace {
 
-struct alignas(64) Bytes {
-  uint8_t at[64];
-};
 struct alignas(64) Ints {
   uint32_t at[16];
 };
@@ -37,16 +32,16 @@ struct Spread {
 template <int Bits>
 constexpr Spread<Bits> kSpread;
 
-// 16 codes to 32-bit lanes: the two bytes that hold a code, and its place in them.
+// 32 codes to 32-bit lanes, 16 at a time: the two bytes that hold a code, and its place in them.
 template <int Bits>
 struct Unpack {
-  Bytes bytes{};
+  Bytes bytes[2]{};
   Ints shift{};
   constexpr Unpack() {
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 32; ++i) {
       for (int t = 0; t < 4; ++t)
-        bytes.at[4 * i + t] = static_cast<uint8_t>(Bits * i / 8 + (t & 1));
-      shift.at[i] = static_cast<uint32_t>(Bits * i % 8);
+        bytes[i / 16].at[i % 16 * 4 + t] = static_cast<uint8_t>(Bits * i / 8 + (t & 1));
+      shift.at[i % 16] = static_cast<uint32_t>(Bits * i % 8);
     }
   }
 };
@@ -56,16 +51,10 @@ constexpr Unpack<Bits> kUnpack;
 }  // namespace
 }  // namespace rs
 
-#pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns inside its own intrinsics
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma")
+#include "avx512.h"
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
-
-RS_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
 template <int Bits>
 constexpr int kParts = 16 / uniform_view(Bits);
@@ -220,6 +209,53 @@ void product(const Product& p, int64_t row0, int64_t row1) {
   for (; row0 < row1; row0 += kRows<B>) run(p, row0, row1);
 }
 
+// Words 1, 3, 5, ... of two registers.
+struct UpperWords {
+  alignas(64) uint16_t at[32]{};
+  constexpr UpperWords() {
+    for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(2 * i + 1);
+  }
+};
+constexpr UpperWords kUpperWords;
+
+RS_INLINE void store(float* w, __m512 a, __m512 b) {
+  _mm512_storeu_ps(w, a);
+  _mm512_storeu_ps(w + 16, b);
+}
+RS_INLINE void store(uint16_t* w, __m512 a, __m512 b) {
+  _mm512_storeu_si512(w, _mm512_permutex2var_epi16(round_bf16(a), load(kUpperWords.at), round_bf16(b)));
+}
+
+template <int Bits, class T>
+void decode_rows(const Layer& layer, bool symmetric, int64_t row0, int64_t row1, T* w) {
+  constexpr int kBytes = 4 * Bits;  // of 32 codes
+  const auto& [bytes, shift] = kUnpack<Bits>;
+  const __m512i top = _mm512_set1_epi32((1 << Bits) - 1);
+  const int64_t n = layer.tile_cols();
+  const uint8_t* codes = layer.codes + row0 * n * layer.tile.bytes;
+  for (int64_t tile = row0 * n; tile < row1 * n; ++tile) {
+    const __m512 scale = _mm512_set1_ps(quiet(layer.params[0][tile]));
+    const __m512 zero = _mm512_set1_ps(symmetric ? 1 << (Bits - 1) : quiet(layer.params[1][tile]));
+    for (int64_t j = 0; j < layer.tile.cols; j += 32, codes += kBytes, w += 32) {
+      __m512i c;
+      if constexpr (Bits == 8) {
+        c = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+      } else if constexpr (Bits == 4) {
+        c = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      } else {
+        c = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1ull << kBytes) - 1, codes));
+      }
+      __m512 level[2];
+      for (int i = 0; i < 2; ++i) {
+        const __m512i pair = _mm512_permutexvar_epi8(load(bytes[i].at), c);
+        const __m512i code = _mm512_and_si512(_mm512_srlv_epi32(pair, load(shift.at)), top);
+        level[i] = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), zero), scale);
+      }
+      store(w, level[0], level[1]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rs
 
@@ -247,8 +283,15 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   }
 }
 
+template <int Bits, bool Symmetric, class T>
+void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  decode_rows<Bits>(layer, Symmetric, row0, row1, w);
+}
+
 template <int Bits>
 void fill(Row& row, bool symmetric) {
+  row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
+  row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
   row.linear_max_m = 2 * kMaxBatch;
   row.linear_type = "integer codes, 16-bit activations per row";
