@@ -14,6 +14,7 @@
 
 namespace rs {
 
+void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 
@@ -21,6 +22,7 @@ void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 // k = 2 * bits, 3 to 8.
 inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) trellis_avx2_slots(row, k);
   if (isa >= Isa::avx512) trellis_avx512_slots(row, k);
 #endif
 }
