@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <ctime>
 #include <memory>
 #include <string>
 #include <vector>
@@ -201,25 +202,34 @@ void check(const Format& f, const Row& row, Isa isa) {
       }
 }
 
-// Milliseconds: least and median of `repeats`.
+// Milliseconds: least and median of `repeats`, and the least this thread had the processor for, which
+// other programs disturb less.
 struct Time {
-  double least, median;
+  double least, median, busy;
 };
+double busy_ms() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) * 1e3 + static_cast<double>(t.tv_nsec) / 1e6;
+}
 template <class F>
 Time measure(int repeats, F&& f) {
   std::vector<double> ms;
+  double busy = INFINITY;
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
+    const double busy_before = busy_ms();
     f(static_cast<size_t>(r));
+    busy = std::min(busy, busy_ms() - busy_before);
     ms.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
   }
   std::sort(ms.begin(), ms.end());
-  return {ms.front(), ms[ms.size() / 2]};
+  return {ms.front(), ms[ms.size() / 2], busy};
 }
 
 void print(const std::string& what, Time t, double weights, double bytes, const std::string& more = "") {
-  std::printf("%-44s %7.3f ms least %7.3f median %7.2f Gw/s %6.1f GB/s %s\n", what.c_str(), t.least, t.median,
-              weights / t.least / 1e6, bytes / t.least / 1e6, more.c_str());
+  std::printf("%-44s %7.3f ms least %7.3f median %7.3f busy %7.2f Gw/s %6.1f GB/s %s\n", what.c_str(), t.least,
+              t.median, t.busy, weights / t.least / 1e6, bytes / t.least / 1e6, more.c_str());
   std::fflush(stdout);
 }
 

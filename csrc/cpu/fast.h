@@ -16,6 +16,7 @@ namespace rs {
 
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
+void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 
 // Fills the fast slots of a resolved row for this instruction set; leaves what it has nothing for.
@@ -29,6 +30,7 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 
 inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) uniform_avx2_slots(row, bits, symmetric, group);
   if (isa >= Isa::avx512) uniform_avx512_slots(row, bits, symmetric, group);
 #endif
 }

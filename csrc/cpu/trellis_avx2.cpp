@@ -16,8 +16,6 @@
 namespace rs {
 namespace {
 
-constexpr int kBatch = 4;  // rows of x at once: more sums would not stay in 16 registers
-
 // Where the windows of step j lie: ring bytes from start[j] + K * row on. A register half holds four
 // rows, which 16 bytes contain up to k = 4; beyond, the last two rows have 16 bytes of their own.
 template <int K>
@@ -203,13 +201,15 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const TrellisIntegers integers(layer);
   const BytePlanes tables(integers);
   const int64_t rows = layer.tile_rows(), grain = row_grain(rows, 16 * layer.in);
-  for (int64_t b = 0; b < m; b += kBatch) {
-    const int64_t batch = std::min<int64_t>(kBatch, m - b);
+  for (int64_t b = 0; b < m; b += kMaxBatch) {
+    const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
     const TrellisActivations pairs(x + b * layer.in, batch, layer.in, 2, 4);
     const auto kernel = pairs.batch == 1   ? product<K, 1>
                         : pairs.batch == 2 ? product<K, 2>
                         : pairs.batch == 3 ? product<K, 3>
-                                           : product<K, 4>;
+                        : pairs.batch == 4 ? product<K, 4>
+                        : pairs.batch == 6 ? product<K, 6>
+                                           : product<K, 8>;
     parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
       kernel(layer, tables, integers.unit, pairs, batch, begin, end, y + b * layer.out);
     });
@@ -219,7 +219,7 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 template <int K>
 void fill(Row& row) {
   row.linear = linear<K>;
-  row.linear_max_m = 8;
+  row.linear_max_m = 2 * kMaxBatch;
   row.linear_type = "int16 weights, 14-bit activations per 32 columns";
 }
 

@@ -61,8 +61,9 @@ struct UniformGroups {
   int per_block;          // scales per block
   alignas(64) int32_t lane[16];
 
-  UniformGroups(int64_t layer_group, int view) : group(layer_group) {
-    const int64_t block = 512 / view;
+  // A block is of 512 bits of codes, or what a narrower register takes.
+  UniformGroups(int64_t layer_group, int view, int bits = 512) : group(layer_group) {
+    const int64_t block = bits / view;
     if (block % group != 0 && (group % block != 0 || group / block > kMost)) group = 32;
     repeat = layer_group / group;
     span = std::max<int64_t>(group / block, 1);
