@@ -173,5 +173,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Codec):
         return value.spec
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     return str(value)
