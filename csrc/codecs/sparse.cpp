@@ -117,6 +117,7 @@ void check(const Layer& layer, int64_t row) {
 }  // namespace
 
 std::vector<Term> sparse_terms(const Spec& spec, Shape shape) {
+  spec.only({"percent"});
   const double percent = spec.number("percent", 1);
   if (!(percent > 0 && percent <= 100))
     throw std::invalid_argument("sparse: percent must be above 0 and at most 100, got " + spec.word("percent", ""));
