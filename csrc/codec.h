@@ -114,7 +114,7 @@ inline int64_t hadamard_block(int64_t n) {
 }
 
 // The terms of a codec for a weight of this shape. Throws std::invalid_argument in one sentence when
-// the spec names no codec or a setting outside its range. Defined in codecs/all.h.
+// the spec names no codec or a setting outside its range.
 std::vector<Term> resolve(const Spec& spec, Shape shape);
 
 }  // namespace rs
