@@ -1,0 +1,246 @@
+"""Running a model one block at a time, so that calibration never starts over.
+
+The hidden states of all calibration batches are carried from block to block. Inside a block, layers
+that read the same input form a group; groups are visited in execution order, each seeing the
+outputs of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """Arguments of one forward call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, module: nn.Module) -> Any:
+        return module(*self.args, **self.kwargs)
+
+
+@dataclass
+class Stage:
+    """A block and the calls that reach it, one per calibration batch."""
+
+    name: str
+    module: nn.Module
+    calls: list[Call]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was asked for has been seen."""
+
+
+def calls_from(calibration: Any, batch: int, tokenizer: Any = None, context: int = 256) -> list[Call]:
+    """Calibration data as forward calls.
+
+    Takes a tensor (cut into batches of `batch` rows), a list of tensors, tuples or keyword mappings
+    (one call each), or with a tokenizer a text or list of texts. Raises ValueError when it is empty.
+    """
+    if tokenizer is not None and not isinstance(calibration, Tensor):
+        calibration = _tokenize(calibration, tokenizer, context)
+    if isinstance(calibration, Tensor):
+        if calibration.numel() == 0:
+            raise ValueError(f"the calibration set is empty: shape {tuple(calibration.shape)}")
+        return [Call((part,)) for part in calibration.split(batch)]
+    calls = []
+    for item in calibration:
+        if isinstance(item, str):
+            raise ValueError("calibration texts need tokenizer=")
+        if isinstance(item, Tensor):
+            calls += [Call((item,))] if item.numel() else []
+        elif isinstance(item, Mapping):
+            calls.append(Call(kwargs=dict(item)))
+        elif isinstance(item, Sequence):
+            calls.append(Call(tuple(item)))
+        else:
+            raise TypeError(f"a calibration batch is a tensor, tuple or mapping, got {type(item).__name__}")
+    if not calls:
+        raise ValueError("the calibration set is empty")
+    return calls
+
+
+def _tokenize(texts: str | Sequence[str], tokenizer: Any, context: int) -> Tensor:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids = [i for text in texts for i in tokenizer.encode(text)]
+    if len(ids) < context:
+        raise ValueError(f"the calibration set is empty: {len(ids)} tokens are less than one window of {context}")
+    return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+
+
+def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the repeated blocks that hold the most target weights, or [""] for the whole model."""
+    best, most = [""], 0
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        children = [f"{name}.{i}" if name else i for i, _ in module.named_children()]
+        size = sum(
+            t.weight.numel() for n, t in targets.items() if any(n == c or n.startswith(c + ".") for c in children)
+        )
+        if size > most:
+            best, most = children, size
+    return best
+
+
+@torch.no_grad()
+def stages(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> Iterator[Stage]:
+    """Each block in turn; the caller may change a block before it asks for the next one.
+
+    One pass of the whole model collects the arguments of every block and checks that each block's
+    first argument is the output of the one before; otherwise the model is treated as one block.
+    """
+    blocks = [model.get_submodule(n) for n in names]
+    seen = _block_calls(model, blocks, calls) if names != [""] else None
+    if seen is None:
+        yield Stage("", model, list(calls))
+        return
+    hidden = [per_block[0].args[0] for per_block in seen]
+    for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        current = [
+            Call((h, *per_block[i].args[1:]), per_block[i].kwargs)
+            for h, per_block in zip(hidden, seen, strict=True)
+        ]
+        yield Stage(name, block, current)
+        if i + 1 < len(blocks):
+            hidden = [_first(call.on(block)) for call in current]
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _block_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], calls: Sequence[Call]
+) -> list[list[Call]] | None:
+    """Arguments of every block for every call (hidden states of the first block only), or None."""
+    found: list[list[Call]] = []
+    chained = True
+    previous: Tensor | None = None
+
+    def enter(module, args, kwargs):
+        nonlocal chained
+        chained &= bool(args) and isinstance(args[0], Tensor)
+        if not chained:
+            raise _Stop
+        if found[-1]:
+            chained &= previous is not None and args[0].data_ptr() == previous.data_ptr()
+            found[-1].append(Call((None, *args[1:]), kwargs))
+        else:
+            found[-1].append(Call(args, kwargs))
+
+    def leave(module, args, output):
+        nonlocal previous
+        if not isinstance(output, Tensor) and not (isinstance(output, tuple) and isinstance(output[0], Tensor)):
+            raise _Stop
+        previous = _first(output)
+        if module is blocks[-1]:
+            raise _Stop
+
+    handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(leave) for b in blocks]
+    try:
+        for call in calls:
+            found.append([])
+            try:
+                call.on(model)
+            except _Stop:
+                pass
+            if not chained or len(found[-1]) != len(blocks):
+                return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def execution_groups(stage: Stage, targets: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of the targets inside a stage, in execution order, those with a common input together.
+
+    Targets that the first call does not reach come last, each alone.
+    """
+    order: list[tuple[str, tuple]] = []
+    keep = []  # inputs stay alive, so that an address stands for one tensor
+
+    def hook(name):
+        def enter(module, args):
+            x = args[0]
+            keep.append(x)
+            order.append((name, (x.data_ptr(), tuple(x.shape), tuple(x.stride()))))
+
+        return enter
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
+    try:
+        stage.calls[0].on(stage.module)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: list[list[str]] = []
+    keys: list[tuple] = []
+    for name, key in order:
+        if any(name in g for g in groups):
+            continue
+        if keys and keys[-1] == key:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+            keys.append(key)
+    reached = {n for g in groups for n in g}
+    return groups + [[n] for n in targets if n not in reached]
+
+
+@torch.no_grad()
+def input_hessian(stage: Stage, module: nn.Module) -> Tensor | None:
+    """E[x x^T] (in, in) in float64 over every input of `module` in the stage's calls; None if unused.
+
+    A pass ends as soon as the module has been seen.
+    """
+    total, count = None, 0
+
+    def enter(_, args):
+        nonlocal total, count
+        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        product = (x.t() @ x).double()
+        total = product if total is None else total.add_(product)
+        count += x.shape[0]
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(enter)
+    try:
+        for call in stage.calls:
+            try:
+                call.on(stage.module)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    return None if total is None else total.div_(max(1, count)).cpu()
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without key-value caches, restored afterwards."""
+    training = [m for m in model.modules() if m.training]
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        if cache is not None:
+            config.use_cache = cache
