@@ -1,4 +1,4 @@
-"""Time the linear of codecs beside torch: turns in A B A B order, weights too many for the cache."""
+"""Time the linear of codecs beside torch: turns in A B A B order, weights larger than the cache."""
 
 from __future__ import annotations
 
@@ -120,11 +120,10 @@ def random_packed(codec: Codec, shape: tuple[int, int], seed: int = 0) -> Packed
         codes = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     except ValueError:
         codes = _repeat(strip.codes, size)
-    params = {
-        p.name: _repeat(strip.params[p.name], p.sizes) if p.axis in ("out", "both") else
-        strip.params[p.name]
-        for p in codec.params(shape)
-    }  # fmt: skip
+    params = dict(strip.params)
+    for p in codec.params(shape):
+        if p.axis in ("out", "both"):
+            params[p.name] = _repeat(params[p.name], p.sizes)
     packed = Packed(codec, shape, codes, params)
     packed.check()
     return packed
@@ -178,9 +177,18 @@ def bench(
                 base = found["torch float32"].seconds
                 for name, timing in found.items():
                     yield Result(
-                        shape, batch, name, backward, bits[name], timing.seconds, timing.spread,
-                        base / timing.seconds, len(weights[name]), torch.get_num_threads(), ops.isa(),
-                    )  # fmt: skip
+                        shape=shape,
+                        batch=batch,
+                        what=name,
+                        backward=backward,
+                        bits_per_weight=bits[name],
+                        seconds=timing.seconds,
+                        spread=timing.spread,
+                        speedup=base / timing.seconds,
+                        copies=len(weights[name]),
+                        threads=torch.get_num_threads(),
+                        isa=ops.isa(),
+                    )
                 bar.update()
 
 

@@ -297,7 +297,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     own = header.metadata.get(METHOD)
     if own is not None and header.record(METHOD) != config["quantization_config"]:
         raise ValueError(f"{file}: the plan it was written with is not the one in {CONFIG}")
-    _check_sizes(header, plan)
+    check_sizes(header, plan)
     return Checkpoint(directory, config, plan, header)
 
 
@@ -340,7 +340,7 @@ def read_plan(path: Path, quantization: Any) -> list[PlanEntry]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_sizes(header: Header, plan: list[PlanEntry]) -> None:
+def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
     """Codes and params of every layer are there in the dtype and shape that the plan needs."""
     for entry in plan:
         coded = {f"{entry.prefix}{p.name}" for p in entry.codec.params(entry.shape) if p.codes}

@@ -67,33 +67,56 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{directory}: the tokenizer cannot be loaded: {_first(error)}") from error
 
 
-def tokenize_file(tokenizer: Any, path: str | os.PathLike[str]) -> Tensor:
-    """Token ids (n,) of a UTF-8 text file, plain or .xz, fed in pieces of 100,000 characters.
-
-    No special tokens are added. Raises FileNotFoundError or ValueError.
-    """
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 text file, plain or .xz. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     try:
-        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        raw = path.read_bytes()
+        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: this is not readable text: {error}") from None
     # As files opened in text mode: one sign for the end of a line.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return tokenize(tokenizer, [text[i : i + PIECE] for i in range(0, len(text), PIECE)])
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def tokenize_file(
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    tokens: int | None = None,
+    pieces: int | None = None,
+) -> Tensor:
+    """Token ids (n,) of a text file, fed to the tokenizer in pieces of 100,000 characters.
+
+    `tokens` stops after that many. `pieces` takes at most that many pieces, spread evenly over the
+    file: enough for calibration, and quick. Raises FileNotFoundError or ValueError.
+    """
+    text = read_text(path)
+    starts = list(range(0, len(text), PIECE))
+    if pieces is not None and len(starts) > pieces:
+        starts = [starts[i * len(starts) // pieces] for i in range(pieces)]
+    found: list[Tensor] = []
+    count = 0
+    for i in range(0, len(starts), 8):
+        found.append(tokenize(tokenizer, [text[s : s + PIECE] for s in starts[i : i + 8]]))
+        count += found[-1].numel()
+        if tokens is not None and count >= tokens:
+            break
+    ids = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    return ids[:tokens]
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     """Token ids (n,) of texts one after the other; takes transformers and tokenizers objects."""
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(fast, "encode_batch"):
-        found = [e.ids for e in fast.encode_batch(texts, add_special_tokens=False)]
+        found = [e.ids for e in fast.encode_batch(texts)]
     else:
-        found = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        found = [tokenizer.encode(text) for text in texts]
     return torch.tensor([token for ids in found for token in ids], dtype=torch.long)
 
 
@@ -121,7 +144,7 @@ def _empty(
             model = transformers.AutoModelForCausalLM.from_config(known, dtype=dtype)
     except Exception as error:
         raise ValueError(
-            f"{opened.directory / checkpoint.CONFIG}: no model can be built from it: {_first(error)}"
+            f"{opened.directory}: no model can be built from config.json: {_first(error)}"
         ) from error
     model.tie_weights()
     generation = opened.directory / "generation_config.json"
