@@ -6,7 +6,8 @@ from .compress import Report, compress
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
+from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Evaluation", "Packed", "Report", "accuracy", "codec", "codecs", "compress",
-           "evaluate", "kl_divergence", "metrics", "nn", "perplexity"]
+__all__ = ["Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs", "compress",
+           "evaluate", "finetune", "kl_divergence", "metrics", "nn", "perplexity"]

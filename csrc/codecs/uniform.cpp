@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
+#include "../cpu/clones.h"
 #include "../cpu/fast.h"
 #include "../cpu/half.h"
 #include "../cpu/loops.h"
@@ -11,110 +11,151 @@
 namespace rs {
 namespace {
 
+constexpr int64_t kLanes = 16;  // partial sums, so that every instruction set adds in one order
+
 struct Fit {
   float scale = 0, zero = 0;
-  double error = std::numeric_limits<double>::infinity();
 };
 
-// One group of a row with its column importance.
+// One group with its column importance, padded to whole lanes with importance 0.
 struct Group {
-  const float *w, *importance;
-  int64_t n;
-  double weight(int64_t i) const { return importance ? importance[i] : 1.0; }
+  std::vector<float> w, h;
+
+  void load(const float* weights, const float* importance, int64_t n) {
+    w.assign(static_cast<size_t>(round_up(n, kLanes)), 0.0f);
+    h.assign(w.size(), 0.0f);
+    std::copy(weights, weights + n, w.begin());
+    if (importance) std::copy(importance, importance + n, h.begin());
+    else std::fill(h.begin(), h.begin() + n, 1.0f);
+  }
 };
 
-float nearest_code(float w, const Fit& fit, int top) {
-  if (fit.scale == 0) return std::clamp(std::nearbyint(fit.zero), 0.0f, float(top));
-  return std::clamp(std::nearbyint(w / fit.scale + fit.zero), 0.0f, float(top));
+// Importance-weighted moments of codes q (relative to the middle code) and weights.
+struct Moments {
+  double h, q, qq, w, qw, error;
+};
+
+// Nearest integer, ties to even, for |x| < 2^22 without a library call.
+inline float nearest(float x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (x + kMagic) - kMagic;
 }
 
-double error_of(const Group& g, const Fit& fit, int top) {
-  double error = 0;
-  for (int64_t i = 0; i < g.n; ++i) {
-    const double miss = g.w[i] - mul(add(nearest_code(g.w[i], fit, top), -fit.zero), fit.scale);
-    error += g.weight(i) * miss * miss;
-  }
-  return error;
+// The code whose value is nearest to w. inverse = 1/scale, or 0 for a zero scale.
+inline float nearest_code(float w, float inverse, float zero, float top) {
+  return nearest(std::min(std::max(w * inverse + zero, 0.0f), top));
 }
 
-// Least squares for scale and zero with the codes that `fit` would choose: w = scale * code + offset.
-Fit refit(const Group& g, const Fit& fit, int top, bool symmetric) {
-  double s0 = 0, sq = 0, sqq = 0, sw = 0, sqw = 0;
-  for (int64_t i = 0; i < g.n; ++i) {
-    const double h = g.weight(i), q = nearest_code(g.w[i], fit, top) - (symmetric ? fit.zero : 0);
-    s0 += h, sq += h * q, sqq += h * q * q, sw += h * g.w[i], sqw += h * q * g.w[i];
-  }
-  Fit next = fit;
+float inverse_of(float scale) { return scale != 0 ? 1.0f / scale : 0.0f; }
+
+RS_CLONES void sum_moments(const float* w, const float* h, int64_t n, Fit fit, float inverse, float top,
+                           float middle, float (*sums)[kLanes]) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float x = w[i + j], weight = h[i + j];
+      const float code = nearest_code(x, inverse, fit.zero, top);
+      const float miss = x - (code - fit.zero) * fit.scale, q = code - middle, hq = weight * q;
+      sums[0][j] += weight;
+      sums[1][j] += hq;
+      sums[2][j] += hq * q;
+      sums[3][j] += weight * x;
+      sums[4][j] += hq * x;
+      sums[5][j] += weight * miss * miss;
+    }
+}
+
+Moments moments(const Group& g, const Fit& fit, int top) {
+  float sums[6][kLanes] = {};
+  const float middle = 0.5f * static_cast<float>(top + 1);
+  sum_moments(g.w.data(), g.h.data(), static_cast<int64_t>(g.w.size()), fit, inverse_of(fit.scale),
+              static_cast<float>(top), middle, sums);
+  double total[6] = {};
+  for (int s = 0; s < 6; ++s)
+    for (float lane : sums[s]) total[s] += lane;
+  return {total[0], total[1], total[2], total[3], total[4], total[5]};
+}
+
+// Least squares for the codes that the moments were taken of: w = scale * (code - zero).
+Fit solve(const Moments& m, Fit fit, int top, bool symmetric) {
   if (symmetric) {
-    if (sqq > 0) next.scale = round_to_half(static_cast<float>(sqw / sqq));
-    return next;
+    if (m.qq > 0) fit.scale = round_to_half(static_cast<float>(m.qw / m.qq));
+    return fit;
   }
-  const double det = s0 * sqq - sq * sq;
-  if (det <= 1e-12 * s0 * sqq) return next;
-  const double scale = (s0 * sqw - sq * sw) / det, offset = (sw - scale * sq) / s0;
-  next.scale = round_to_half(static_cast<float>(scale));
-  if (next.scale != 0) next.zero = round_to_half(static_cast<float>(-offset / next.scale));
-  return next;
+  const double determinant = m.h * m.qq - m.q * m.q;
+  if (determinant <= 1e-6 * m.h * m.qq) return fit;
+  const double scale = (m.h * m.qw - m.q * m.w) / determinant, offset = (m.w - scale * m.q) / m.h;
+  const float held = round_to_half(static_cast<float>(scale));
+  if (held == 0) return fit;
+  return {held, round_to_half(static_cast<float>(0.5 * (top + 1) - offset / held))};
 }
 
-// Best scale (and zero) over a grid of clipping ranges, each polished by alternating refits until
-// the error stops falling. Scales are held to float16 values, so that storing them so is exact.
-Fit fit_group(const Group& g, int bits, bool symmetric) {
+// Best scale (and zero) over a grid of clipping ranges; the best few are polished by alternating
+// refits until the error stops falling. Scales are held to float16 values, so that storing them so is
+// exact.
+Fit fit_group(const Group& g, int64_t n, int bits, bool symmetric) {
   const int top = (1 << bits) - 1;
-  const auto [low, high] = std::minmax_element(g.w, g.w + g.n);
+  const auto [low, high] = std::minmax_element(g.w.begin(), g.w.begin() + n);
   const float peak = std::max(std::abs(*low), std::abs(*high));
-  Fit best;
-  if (peak == 0) {
-    best = {0, symmetric ? float(1 << (bits - 1)) : 0, 0};
-    return best;
-  }
-  const int candidates = bits <= 4 ? 24 : 8;
-  for (int c = 0; c < candidates; ++c) {
-    // Low rates clip the tails hard, high rates hardly at all.
-    const float shrink = 1.0f - (bits <= 3 ? 0.65f : bits == 4 ? 0.45f : 0.15f) * c / candidates;
+  const float middle = static_cast<float>(1 << (bits - 1));
+  if (peak == 0) return {0, symmetric ? middle : 0};
+  if (!symmetric && *low == *high) return {round_to_half(*low), -1};  // one level carries it
+
+  struct Candidate {
+    Fit fit;
+    double error;
+  };
+  constexpr int kCandidates = 24, kPolished = 5;
+  std::vector<Candidate> found;
+  // Low rates clip the tails hard, high rates hardly at all.
+  const float deepest = bits <= 3 ? 0.65f : bits == 4 ? 0.45f : 0.2f;
+  for (int c = 0; c < kCandidates; ++c) {
+    const float shrink = 1.0f - deepest * c / kCandidates;
     Fit fit;
     if (symmetric) {
       // The range is one longer below zero: turn its long side toward the largest weight.
-      const float side = -*low >= *high ? 1.0f : -1.0f;
-      fit.zero = float(1 << (bits - 1));
-      fit.scale = round_to_half(side * shrink * peak / fit.zero);
-    } else if (*high > *low) {
-      const float middle = 0.5f * (*low + *high), span = shrink * (*high - *low);
+      fit = {round_to_half((-*low >= *high ? 1.0f : -1.0f) * shrink * peak / middle), middle};
+    } else {
+      const float center = 0.5f * *low + 0.5f * *high, span = shrink * (*high - *low);
       fit.scale = round_to_half(span / top);
-      fit.zero = fit.scale ? round_to_half(-(middle - 0.5f * span) / fit.scale) : 0;
-    } else {  // a constant group: one level carries it
-      fit.scale = round_to_half(*low);
-      fit.zero = -1;
+      fit.zero = round_to_half((0.5f * span - center) * inverse_of(fit.scale));
     }
-    if (!std::isfinite(fit.zero)) continue;
-    fit.error = error_of(g, fit, top);
-    for (int round = 0; round < 20; ++round) {
-      Fit next = refit(g, fit, top, symmetric);
-      if (!std::isfinite(next.zero)) break;
-      next.error = error_of(g, next, top);
-      if (!(next.error < fit.error * (1 - 1e-6))) break;
-      fit = next;
-    }
-    if (fit.error < best.error) best = fit;
+    if (fit.scale == 0 || !std::isfinite(fit.scale) || !std::isfinite(fit.zero)) continue;
+    found.push_back({fit, moments(g, fit, top).error});
   }
-  return best;
+  if (found.empty()) return {0, symmetric ? middle : 0};
+  std::stable_sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.error < b.error; });
+  Candidate best = found.front();
+  for (size_t c = 0; c < std::min<size_t>(kPolished, found.size()); ++c) {
+    Candidate now = found[c];
+    for (int round = 0; round < 30; ++round) {
+      const Fit fit = solve(moments(g, now.fit, top), now.fit, top, symmetric);
+      const double error = moments(g, fit, top).error;
+      if (!(error < now.error * (1 - 1e-6)) || !std::isfinite(fit.zero)) break;
+      now = {fit, error};
+    }
+    if (now.error < best.error) best = now;
+  }
+  return best.fit;
 }
 
 template <int Bits, bool Symmetric>
 void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
             int64_t tile1, uint8_t* codes, float* const* params) {
   using Codec = Uniform<Bits, Symmetric>;
-  const int64_t group = layer.tile.cols;
+  const int64_t n = layer.tile.cols;
+  Group group;
   for (int64_t t = tile0; t < tile1; ++t) {
-    const int64_t col = t % layer.tile_cols() * group;
-    const Group g{w + t / layer.tile_cols() * layer.in + col,
-                  options.importance ? options.importance + col : nullptr, group};
-    const Fit fit = fit_group(g, Bits, Symmetric);
+    const int64_t col = t % layer.tile_cols() * n;
+    group.load(w + t / layer.tile_cols() * layer.in + col,
+               options.importance ? options.importance + col : nullptr, n);
+    const Fit fit = fit_group(group, n, Bits, Symmetric);
     params[Codec::kScale][t] = fit.scale;
     if constexpr (!Symmetric) params[Codec::kZero][t] = fit.zero;
     uint8_t* tile = codes + t * layer.tile.bytes;
-    for (int64_t j = 0; j < group; ++j)
-      write_bits<Bits>(tile, j * Bits, static_cast<uint32_t>(nearest_code(g.w[j], fit, Codec::kTop)));
+    for (int64_t j = 0; j < n; ++j) {
+      const float code = nearest_code(group.w[j], inverse_of(fit.scale), fit.zero, Codec::kTop);
+      write_bits<Bits>(tile, j * Bits, static_cast<uint32_t>(code));
+    }
   }
 }
 

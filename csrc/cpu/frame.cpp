@@ -2,12 +2,7 @@
 
 #include <cmath>
 
-// The stages are sums without products, so wider vectors give the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(RS_SANITIZE)
-#define RS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define RS_CLONES
-#endif
+#include "clones.h"
 
 namespace rs {
 namespace {

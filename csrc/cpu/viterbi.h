@@ -1,12 +1,36 @@
+// The search behind the trellis codec: which ring of bits has its states' points nearest to a tile.
 #pragma once
+
 #include <cstdint>
+#include <memory>
+
 #include "isa.h"
+
 namespace rs {
+
+// exact: every state is followed. fast: only states near the best path are.
 enum class Search { exact, fast };
+
+// Immutable after construction and free of locks: threads share one. Equal inputs give equal codes on
+// every instruction set, however the tiles are cut into calls.
 class TrellisSearch {
  public:
+  // k = 2 * bits, 3 to 8; radius[64] and angle[16] as in the codec.
+  TrellisSearch(int k, const float* radius, const float* angle, Search search, Isa isa);
+  ~TrellisSearch();
+  TrellisSearch(const TrellisSearch&) = delete;
+  TrellisSearch& operator=(const TrellisSearch&) = delete;
+
+  // targets: n tiles of 256 floats, row by row. codes: n * 16 * k bytes, all written. Scratch (up to
+  // 20 MB) stays with the calling thread.
+  void run(const float* targets, int64_t n, uint8_t* codes) const;
+
+  // Tiles that run() takes through the trellis together; callers hand it multiples.
   static constexpr int kBatch = 4;
-  TrellisSearch(int, const float*, const float*, Search, Isa) {}
-  void run(const float*, int64_t, uint8_t*) const {}
+
+ private:
+  struct Impl;
+  std::unique_ptr<const Impl> impl_;
 };
-}
+
+}  // namespace rs

@@ -67,7 +67,7 @@ class Sparse(Codec):
         scale = round_to_half(torch.where(power > 0, (weight * q * kept).sum(1) / power.clamp_min(1e-30), scale))
         q = (kept / scale.where(scale != 0, 1)[:, None]).round().clamp(-127, 127).to(torch.int8)
         codes = torch.zeros((out, 1, 2 + 3 * n), dtype=torch.uint8)
-        order = (q == 0).int().sort(1, stable=True).indices  # entries that rounded to zero are unused
+        order = (q == 0).int().sort(dim=1, stable=True).indices  # entries that rounded to zero are unused
         used = (q != 0).sum(1)
         q, column = q.gather(1, order), column.gather(1, order)
         column = torch.where(q != 0, column, 0)
