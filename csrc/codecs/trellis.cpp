@@ -1,21 +1,41 @@
 #include "trellis.h"
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <memory>
+#include <mutex>
+#include <tuple>
 
 #include "../cpu/fast.h"
 #include "../cpu/loops.h"
 #include "../cpu/viterbi.h"
 
 namespace rs {
+
+std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle, Search search) {
+  using Key = std::tuple<int, Search, Isa, std::array<float, kTrellisRadii + kTrellisAngles>>;
+  Key key{k, search, current_isa(), {}};
+  std::memcpy(std::get<3>(key).data(), radius, kTrellisRadii * sizeof(float));
+  std::memcpy(std::get<3>(key).data() + kTrellisRadii, angle, kTrellisAngles * sizeof(float));
+  static std::mutex mutex;
+  static Key last_key{};
+  static std::shared_ptr<const TrellisSearch> last;
+  const std::lock_guard lock(mutex);
+  if (!last || key != last_key) {
+    last = std::make_shared<const TrellisSearch>(k, radius, angle, search, current_isa());
+    last_key = key;
+  }
+  return last;
+}
+
 namespace {
 
 template <int K, Search search>
 void encode(const Layer& layer, const float* w, const EncodeOptions&, int64_t tile0, int64_t tile1, uint8_t* codes,
             float* const*) {
   constexpr int kBatch = TrellisSearch::kBatch;
-  const TrellisSearch viterbi(K, layer.params[Trellis<K>::kRadius], layer.params[Trellis<K>::kAngle], search,
-                              current_isa());
+  const auto viterbi = trellis_search(K, layer.params[Trellis<K>::kRadius], layer.params[Trellis<K>::kAngle], search);
   float targets[kBatch * 256];
   for (int64_t t = tile0; t < tile1; t += kBatch) {
     const int64_t n = std::min<int64_t>(kBatch, tile1 - t);
@@ -23,7 +43,7 @@ void encode(const Layer& layer, const float* w, const EncodeOptions&, int64_t ti
       const float* tile = w + (t + b) / layer.tile_cols() * 16 * layer.in + (t + b) % layer.tile_cols() * 16;
       for (int i = 0; i < 256; ++i) targets[b * 256 + i] = tile[i / 16 * layer.in + i % 16];
     }
-    viterbi.run(targets, n, codes + t * layer.tile.bytes);
+    viterbi->run(targets, n, codes + t * layer.tile.bytes);
   }
 }
 

@@ -15,11 +15,15 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 
 #include "../codec.h"
 #include "../hd.h"
 
 namespace rs {
+
+class TrellisSearch;
+enum class Search;
 
 constexpr uint32_t kTrellisMultiplier = 0xC83918A1u;
 constexpr int kTrellisRadii = 64, kTrellisAngles = 16;
@@ -113,6 +117,10 @@ struct Trellis {
     grad.v[i] += (p >> 15) & 1 ? -dw[1] : dw[1];
   }
 };
+
+// The search for these tables, kept until other tables are asked for: error feedback asks for the same
+// one thousands of times.
+std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle, Search search);
 
 // spec: trellis(bits=2, rotate=True, search=exact|fast)
 std::vector<Term> trellis_terms(const Spec& spec, Shape shape);

@@ -416,10 +416,10 @@ at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius, c
   check_finite(targets, "trellis_encode");
   const at::Tensor in = targets.contiguous(), radii = radius.contiguous(), angles = angle.contiguous();
   at::Tensor codes = at::zeros({in.size(0), static_cast<int64_t>(16 * k)}, at::kByte);
-  const TrellisSearch viterbi(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
-                              search == "fast" ? Search::fast : Search::exact, current_isa());
+  const auto viterbi = trellis_search(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
+                                      search == "fast" ? Search::fast : Search::exact);
   in_chunks(in.size(0), TrellisSearch::kBatch, [&](int64_t begin, int64_t end) {
-    viterbi.run(in.data_ptr<float>() + begin * 256, end - begin, codes.data_ptr<uint8_t>() + begin * codes.size(1));
+    viterbi->run(in.data_ptr<float>() + begin * 256, end - begin, codes.data_ptr<uint8_t>() + begin * codes.size(1));
   });
   return codes;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "../codecs/trellis.h"
@@ -14,106 +15,162 @@ using namespace viterbi;
 
 namespace {
 
-// Steps on each side of the ring's start in the pass that closes it.
-int seam(int k) {
-  static const char* e = getenv("SEAM");
-  return e ? atoi(e) : 32; }
+// Starts at a cache line, so that a row of points never straddles two.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+using Buffer = std::vector<int16_t, LineAllocator<int16_t>>;
 
-int16_t round_to_int16(float x) {
+// Steps searched on each side of the ring's start to close it, by k from 3 on. All 64 is a free run
+// over the whole tile; fewer leave the closing point to fewer neighbours.
+constexpr int kExactSeam[6] = {64, 64, 64, 64, 64, 64};
+constexpr int kFastSeam[6] = {12, 12, 12, 12, 12, 12};
+// Above 3 bits the coarse grain's rounding would show.
+constexpr int kLastCoarse = 6;
+
+const KernelTable& kernels_for(Isa isa) {
+  return isa == Isa::avx512 ? avx512_kernels() : isa == Isa::avx2 ? avx2_kernels() : generic_kernels();
+}
+
+int16_t nearest(float x) {
   return static_cast<int16_t>(std::clamp(std::floor(x + 0.5f), float{kBottom}, float{kTop}));
 }
 
 }  // namespace
 
 struct TrellisSearch::Impl {
-  int k;
-  Search search;
-  float largest = 0;
-  const Kernels* kernels;
-  std::vector<int16_t> rows, columns;
+  int k, seam;
+  bool coarse;
+  float largest = 0;  // radius
+  Kernels kernels;
+  Buffer rows, columns;
 
   Impl(int k, const float* radius, const float* angle, Search search, Isa isa)
-      : k(k), search(search), rows(3 * 65536), columns(3 * 65536) {
-    kernels = (isa == Isa::avx512 ? avx512_kernels() : isa == Isa::avx2 ? avx2_kernels() : generic_kernels()) + (k - 3);
+      : k(k),
+        seam((search == Search::exact ? kExactSeam : kFastSeam)[k - 3]),
+        coarse(search == Search::fast && k <= kLastCoarse),
+        kernels(kernels_for(isa)[coarse][k - 3]) {
     for (int i = 0; i < kTrellisRadii; ++i) largest = std::max(largest, std::fabs(radius[i]));
     if (!(largest > 0)) largest = 1;
-    const PolarTable points(radius, angle);
-    const int peers = k == 3 ? 4 : 2, dropped = 1 << k;
-    for (int s = 0; s < 65536; ++s) {
+    const PolarTable table(radius, angle);
+    constexpr void (Impl::*kLayOut[])(const PolarTable&) = {
+        &Impl::lay_out<3>, &Impl::lay_out<4>, &Impl::lay_out<5>,
+        &Impl::lay_out<6>, &Impl::lay_out<7>, &Impl::lay_out<8>};
+    (this->*kLayOut[k - 3])(table);
+  }
+
+  template <int K>
+  void lay_out(const PolarTable& table) {
+    const int arrays = coarse ? 2 : 3, overlaps = 1 << (16 - K);
+    rows.resize(arrays << 16);
+    columns.resize(arrays << 16);
+    for (int s = 0; s < 1 << 16; ++s) {
       float w[2];
-      points.point(static_cast<uint32_t>(s), w);
-      w[0] /= largest;
-      w[1] /= largest;
-      const int16_t u = round_to_int16(32767 * w[0]), v = round_to_int16(32767 * w[1]),
-                    norm = round_to_int16(8192 * (w[0] * w[0] + w[1] * w[1]));
-      const int after = s & ((1 << (16 - k)) - 1), d = s >> (16 - k);
-      int16_t* column = &columns[after * 3 * dropped + d];
-      column[0] = u, column[dropped] = v, column[2 * dropped] = norm;
-      const int hi = after >> k, nu = after & (dropped - 1), each = 32 / peers, parts = dropped / each;
-      const int64_t row = k < 8 ? (int64_t{hi / peers} * parts + nu / each) * dropped + d
-                                : int64_t{nu / each} * (dropped / 2) + d / 2;
-      const int lane = nu % each * peers + (k < 8 ? hi : d) % peers;
-      int16_t* r = &rows[row * 96 + lane];
-      r[0] = u, r[32] = v, r[64] = norm;
+      table.point(static_cast<uint32_t>(s), w);
+      int16_t values[3];
+      point(w[0] / largest, w[1] / largest, values);
+      const auto place = Rows<K>::place(s);
+      for (int i = 0; i < arrays; ++i) {
+        rows[(place.row * arrays + i) * 32 + place.lane] = values[i];
+        columns[((s % overlaps * arrays + i) << K) + s / overlaps] = values[i];
+      }
     }
   }
 
-  // Ring steps begin, begin + 1, ... of up to kTiles tiles.
+  void point(float u, float v, int16_t* values) const {
+    if (coarse) {
+      const int p = nearest(kCoarse * u), q = nearest(kCoarse * v);
+      values[0] = static_cast<int16_t>((p + kCoarse) | (q + kCoarse) << 8);
+      values[1] = static_cast<int16_t>((p * p + q * q + 1) / 2);
+    } else {
+      values[0] = nearest(32767 * u);
+      values[1] = nearest(32767 * v);
+      values[2] = nearest(8192 * (u * u + v * v));
+    }
+  }
+
+  // Up to kTiles targets from ring step `begin` on.
   void quantise(const float* targets, int64_t n, int begin, int steps, Targets& x) const {
     x.steps = steps;
     for (int i = 0; i < kTiles; ++i) {
       for (int t = 0; t < steps; ++t) {
         float w[2] = {0, 0};
         if (i < n) std::memcpy(w, targets + 256 * i + 2 * ((begin + t) % kSteps), sizeof w);
-        for (float& c : w) { c = c / largest; if (!(std::fabs(c) <= 1e6f)) c = c > 0 ? 1e6f : c < 0 ? -1e6f : 0.f; }
-        float length = std::sqrt(w[0] * w[0] + w[1] * w[1]);
-        if (length > 2) { w[0] *= 1.999f / length; w[1] *= 1.999f / length; length = 2; }
-        x.a[t][i] = round_to_int16(16384 * w[0]);
-        x.b[t][i] = round_to_int16(16384 * w[1]);
-        x.bound[t][i] = static_cast<int32_t>(8192 * (length > 1 ? 2 * length - 1 : length * length)) + 4;
+        for (float& c : w) c = std::isnan(c) ? 0 : std::clamp(c / largest, -1e6f, 1e6f);
+        quantise(w[0], w[1], x.a[t][i], x.b[t][i], x.bound[t][i]);
       }
       x.bound[steps][i] = 0;
     }
   }
 
-  void search_exact(const float* targets, int64_t n, uint8_t* codes) const {
-    const int overlaps = 1 << (16 - k);
-    thread_local std::vector<int16_t> metrics;
-    metrics.resize(size_t{kSteps + 1} * kTiles * overlaps);
-    Targets x;
-    uint8_t dropped[kSteps * kTiles];
-    int overlap[kTiles];
-    const int half = seam(k);
-    quantise(targets, n, kSteps - half, 2 * half, x);
-    for (int i = 0; i < kTiles; ++i)
-      std::fill_n(&metrics[i * overlaps], overlaps, kBottom + x.bound[0][i]);
-    kernels->exact(x, rows.data(), metrics.data());
-    for (int i = 0; i < kTiles; ++i) {
-      const int16_t* last = &metrics[(size_t{2} * half * kTiles + i) * overlaps];
-      overlap[i] = static_cast<int>(std::min_element(last, last + overlaps) - last);
+  // Pulls in targets beyond about twice the largest radius. The slack in bound is for rounding.
+  void quantise(float a, float b, int16_t& qa, int16_t& qb, int32_t& bound) const {
+    if (coarse) {
+      const float sum = std::fabs(a) + std::fabs(b), side = std::max(std::fabs(a), std::fabs(b));
+      const float shrink = std::min({1.0f, 2 / sum, 1.4f / side});
+      const int p = nearest(kCoarse * shrink * a), q = nearest(kCoarse * shrink * b);
+      qa = static_cast<int16_t>((p & 255) | (q & 255) << 8);
+      qb = 0;
+      bound = std::max(0, (p * p + q * q) / 2 + kCoarse * (p + q) + 2);
+    } else {
+      const float shrink = std::min(1.0f, 2 / std::sqrt(a * a + b * b));
+      a *= shrink;
+      b *= shrink;
+      qa = nearest(16384 * a);
+      qb = nearest(16384 * b);
+      bound = static_cast<int32_t>(8192 * (a * a + b * b)) + 6;
     }
-    kernels->trace(x, columns.data(), metrics.data(), half, overlap, dropped);
-    quantise(targets, n, 0, kSteps, x);
-    for (int i = 0; i < kTiles; ++i) {
-      std::fill_n(&metrics[i * overlaps], overlaps, kTop);
-      metrics[i * overlaps + overlap[i]] = kBottom + x.bound[0][i];
-    }
-    kernels->exact(x, rows.data(), metrics.data());
-    kernels->trace(x, columns.data(), metrics.data(), 0, overlap, dropped);
-    for (int i = 0; i < n; ++i) pack(dropped + i, codes + i * 16 * k);
   }
 
-  void pack(const uint8_t* dropped, uint8_t* codes) const {
+  // One batch: a free run around the ring's start settles the overlap there, a second run is held to it
+  // at both ends.
+  void run(const float* targets, int64_t n, uint8_t* codes) const {
+    thread_local Buffer metrics;
+    const int overlaps = 1 << (16 - k), batch = kTiles * overlaps;
+    metrics.resize(size_t{kSteps + 1} * batch);
+    Targets x;
+    int overlap[kTiles];
+    uint8_t dropped[kSteps][kTiles];
+
+    quantise(targets, n, kSteps - seam, 2 * seam, x);
+    for (int i = 0; i < kTiles; ++i)
+      std::fill_n(&metrics[i * overlaps], overlaps, static_cast<int16_t>(kBottom + x.bound[0][i]));
+    kernels.forward(x, rows.data(), metrics.data());
+    for (int i = 0; i < kTiles; ++i) {
+      const int16_t* last = &metrics[2 * seam * batch + i * overlaps];
+      overlap[i] = static_cast<int>(std::min_element(last, last + overlaps) - last);
+    }
+    kernels.back(x, columns.data(), metrics.data(), seam, 2 * seam, overlap, dropped);
+
+    quantise(targets, n, 0, kSteps, x);
+    for (int i = 0; i < kTiles; ++i) {
+      std::fill_n(&metrics[i * overlaps], overlaps, static_cast<int16_t>(kTop));
+      metrics[i * overlaps + overlap[i]] = static_cast<int16_t>(kBottom + x.bound[0][i]);
+    }
+    kernels.forward(x, rows.data(), metrics.data());
+    kernels.back(x, columns.data(), metrics.data(), 0, kSteps, overlap, dropped);
+    for (int i = 0; i < n; ++i) pack(dropped, i, codes + i * 16 * k);
+  }
+
+  // The ring is the dropped bits of its states in order.
+  void pack(const uint8_t (*dropped)[kTiles], int tile, uint8_t* codes) const {
     uint32_t bits = 0;
     int held = 0;
     for (int t = 0; t < kSteps; ++t) {
-      bits = bits << k | dropped[t * kTiles];
+      bits = bits << k | dropped[t][tile];
       held += k;
       if (held >= 16) {
         held -= 16;
-        const uint32_t word = bits >> held;
-        *codes++ = static_cast<uint8_t>(word);
-        *codes++ = static_cast<uint8_t>(word >> 8);
+        *codes++ = static_cast<uint8_t>(bits >> held);
+        *codes++ = static_cast<uint8_t>(bits >> held >> 8);
       }
     }
   }
@@ -121,11 +178,13 @@ struct TrellisSearch::Impl {
 
 TrellisSearch::TrellisSearch(int k, const float* radius, const float* angle, Search search, Isa isa)
     : impl_(std::make_unique<Impl>(k, radius, angle, search, isa)) {}
+
 TrellisSearch::~TrellisSearch() = default;
 
 void TrellisSearch::run(const float* targets, int64_t n, uint8_t* codes) const {
+  static_assert(kBatch == kTiles);
   for (int64_t i = 0; i < n; i += kTiles)
-    impl_->search_exact(targets + 256 * i, std::min<int64_t>(n - i, kTiles), codes + i * 16 * impl_->k);
+    impl_->run(targets + 256 * i, std::min<int64_t>(n - i, kTiles), codes + i * 16 * impl_->k);
 }
 
 }  // namespace rs

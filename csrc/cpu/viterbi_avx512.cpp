@@ -22,6 +22,7 @@ struct Avx512 {
   static V sub(V x, V y) { return _mm512_subs_epi16(x, y); }
   static V min(V x, V y) { return _mm512_min_epi16(x, y); }
   static V mulhrs(V x, V y) { return _mm512_mulhrs_epi16(x, y); }
+  static V dot_bytes(V u8, V s8) { return _mm512_maddubs_epi16(u8, s8); }
   static V swap(V x) { return _mm512_rol_epi32(x, 16); }
 
   template <int N>
@@ -65,13 +66,13 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels* avx512_kernels() { return Table<Avx512>::kKernels; }
+const KernelTable& avx512_kernels() { return kTable<Avx512>; }
 
 }  // namespace rs::viterbi
 
 #pragma GCC pop_options
 #else
 namespace rs::viterbi {
-const Kernels* avx512_kernels() { return nullptr; }
+const KernelTable& avx512_kernels() { return generic_kernels(); }
 }  // namespace rs::viterbi
 #endif
