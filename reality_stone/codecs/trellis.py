@@ -63,7 +63,7 @@ class Trellis(Codec):
     def inner(self):
         return replace(self, rotate=False)
 
-    def initial_params(self, weight, seed):
+    def initial_params(self, weight, seed, feedback=False):
         out, n = weight.shape
         radius, angle = default_tables()
         generator = torch.Generator().manual_seed(seed)
@@ -73,8 +73,9 @@ class Trellis(Codec):
         if not self.rotate:
             out_sign, in_sign = out_sign.abs(), in_sign.abs()
         rms = weight.double().pow(2).mean().sqrt().item() if weight.numel() else 0.0
-        # A little under unit size searches best; above 3 bits the table must cover the tails.
-        gain = 0.98 if self.bits <= 3 else 1.06
+        # A little under unit size searches best; above 3 bits the table must cover the tails, and
+        # errors fed back widen every target.
+        gain = 1.06 if feedback or self.bits > 3 else 0.98
         return {
             "radius": radius,
             "angle": angle,
