@@ -44,7 +44,7 @@ class Sparse(Codec):
     def params(self, shape):
         return (Param("scale", (shape[0],), "out"),)
 
-    def initial_params(self, weight, seed):
+    def initial_params(self, weight, seed, feedback=False):
         return {"scale": torch.zeros(weight.shape[0])}
 
     def decode_tiles(self, codes, params, shape):

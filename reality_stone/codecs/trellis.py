@@ -67,7 +67,7 @@ class Trellis(Codec):
     def inner(self):
         return replace(self, rotate=False)
 
-    def initial_params(self, weight, seed):
+    def initial_params(self, weight, seed, feedback=False):
         out, n = weight.shape
         radius, angle = default_tables()
         generator = torch.Generator().manual_seed(seed)
@@ -77,10 +77,12 @@ class Trellis(Codec):
         if not self.rotate:
             out_sign, in_sign = out_sign.abs(), in_sign.abs()
         rms = weight.double().pow(2).mean().sqrt().item() if weight.numel() else 0.0
+        # Errors fed back widen every target.
+        gain = max(1.06, GAIN[self.bits]) if feedback else GAIN[self.bits]
         return {
             "radius": radius,
             "angle": angle,
-            "out_scale": round_to_half(out_sign * (rms * GAIN[self.bits])),
+            "out_scale": round_to_half(out_sign * (rms * gain)),
             "in_scale": in_sign,
         }
 

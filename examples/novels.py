@@ -1,0 +1,45 @@
+"""The language model and the texts that ship with the examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reality_stone import hf
+
+DATA = Path(__file__).parent / "data"
+MODEL = DATA / "novels_lm"
+CONTEXT = 256
+
+
+def model() -> nn.Module:
+    """The dense model in float32."""
+    return hf.from_pretrained(MODEL)
+
+
+def tokenizer() -> Any:
+    return hf.load_tokenizer(MODEL)
+
+
+def validation(tokens: int = 65_536) -> Tensor:
+    """The first token ids (n,) of the validation text."""
+    return hf.tokenize_file(tokenizer(), DATA / "novels_valid.txt.xz")[:tokens]
+
+
+def calibration(windows: int = 128, seed: int = 5) -> Tensor:
+    """(windows, CONTEXT) token ids from random places of the training text."""
+    ids = hf.tokenize_file(tokenizer(), DATA / "novels_train.txt.xz")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(ids.numel() - CONTEXT + 1, (windows,), generator=generator)
+    return ids[starts[:, None] + torch.arange(CONTEXT)]
+
+
+def training(windows: int, seed: int = 0) -> Tensor:
+    """(windows, CONTEXT) token ids of the training text, without overlap, shuffled."""
+    ids = hf.tokenize_file(tokenizer(), DATA / "novels_train.txt.xz")
+    cut = ids[: ids.numel() // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    order = torch.randperm(cut.shape[0], generator=torch.Generator().manual_seed(seed))
+    return cut[order[:windows]]
