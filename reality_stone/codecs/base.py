@@ -171,6 +171,19 @@ def check_weight(weight: Tensor, name: str) -> Tensor:
     return weight.detach().to("cpu", torch.float32).contiguous()
 
 
+def whole_number(value: Any, low: int, high: int, what: str) -> int:
+    """A setting as an int; `what` names the codec and the setting."""
+    if isinstance(value, (int, float)) and low <= value <= high and value == int(value):
+        return int(value)
+    raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def flag(value: Any, what: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{what} must be True or False, got {value!r}")
+
+
 def _text(value: Any) -> str:
     if isinstance(value, Codec):
         return value.spec

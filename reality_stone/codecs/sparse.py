@@ -22,8 +22,9 @@ class Sparse(Codec):
     percent: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"sparse: percent must be above 0 and at most 100, got {self.percent}")
+        if not (isinstance(self.percent, (int, float)) and 0 < self.percent <= 100):
+            raise ValueError(f"sparse: percent must be above 0 and at most 100, got {self.percent!r}")
+        object.__setattr__(self, "percent", float(self.percent))
 
     @classmethod
     def at_bits(cls, bits):
