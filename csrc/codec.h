@@ -106,10 +106,10 @@ struct Term {
 // Rows padded up to the tile.
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Largest power of two up to 128 that divides n.
+// Largest power of two up to 128 that divides n; 1 for nothing.
 inline int64_t hadamard_block(int64_t n) {
   int64_t block = 1;
-  while (block < 128 && n % (2 * block) == 0) block *= 2;
+  while (n && block < 128 && n % (2 * block) == 0) block *= 2;
   return block;
 }
 

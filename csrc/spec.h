@@ -2,8 +2,10 @@
 // It is the argument `codec` of every op; Python writes it in canonical form.
 #pragma once
 
+#include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -27,6 +29,18 @@ struct Spec {
     for (const auto& [name, value] : items)
       if (name == key) return &value;
     return nullptr;
+  }
+
+  // Every setting is one of `keys`, and given once.
+  void only(std::initializer_list<std::string_view> keys) const {
+    std::string known;
+    for (std::string_view key : keys) known += std::string(known.empty() ? "" : ", ") + std::string(key);
+    for (size_t i = 0; i < items.size(); ++i) {
+      const std::string& key = items[i].first;
+      if (std::find(keys.begin(), keys.end(), key) == keys.end())
+        throw std::invalid_argument(name + ": unknown setting '" + key + "', it has " + known);
+      if (find(key) != &items[i].second) throw std::invalid_argument(name + ": " + key + " is given twice");
+    }
   }
 
   double number(std::string_view key, double fallback) const {

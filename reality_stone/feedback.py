@@ -46,12 +46,14 @@ class Hessian:
             what = "holds values that are not finite" if mean > 0 or mean != mean else "is zero"
             _warn(label, f"the Hessian {what}; encoding without error feedback")
             return None
+        if not 1e-20 < mean < 1e20:  # keep clear of the ends of float32, where the work is done
+            matrix = matrix / mean
         return Hessian(matrix, DAMPING, label)
 
     def diagonal(self) -> Tensor:
         """Damped diagonal, float32: the importance of each input column."""
         d = self.matrix.diagonal()
-        return (d + self.damping * d.mean()).float()
+        return (d.clamp_min(0) + self.damping * d.mean()).float()
 
     def rotated(self, in_scale: Tensor | None, block: int, features: int) -> Tensor:
         """The damped Hessian of x -> Hadamard(in_scale * x), padded to `features`, float32."""
@@ -105,14 +107,15 @@ def encode_with_feedback(
     h = hessian.rotated(in_scale, codec.blocks(shape)[1], features)
     block = max(tile.cols, 16 // tile.cols * tile.cols)
     factor = feedback_factor(h, block, hessian.label)
-    importance = h.diagonal().contiguous()
+    # Damped, so only a matrix that is no Hessian has less.
+    importance = h.diagonal().clamp_min(DAMPING * h.diagonal().mean().item())
 
     params = {name: p.clone() for name, p in params.items()}
     axis = {p.name: p.axis for p in codec.params(shape)}
     codes = torch.empty((*tile.grid(shape), tile.bytes), dtype=torch.uint8)
     error = target.clone()  # target - quantized, where quantized; the target elsewhere
-    for end in range(features, 0, -block):
-        start = max(0, end - block)
+    for start in reversed(range(0, features, block)):
+        end = min(start + block, features)
         goal = target[:, start:end]
         if factor is not None and end < features:
             goal = goal + error[:, end:] @ factor[end:, start:end]

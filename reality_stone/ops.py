@@ -150,7 +150,12 @@ def _(grad, codes, params, codec, shape):
 
 @torch.library.register_fake("reality_stone::linear_grad_params", lib=_library)
 def _(grad, x, codes, params, codec, shape):
-    return [torch.empty_like(p) if p.is_floating_point() else x.new_empty(0) for p in params]
+    return [
+        torch.empty_like(p, memory_format=torch.contiguous_format)
+        if p.is_floating_point()
+        else p.new_empty(0, dtype=torch.float32)
+        for p in params
+    ]
 
 
 @torch.library.register_fake("reality_stone::check_codes", lib=_library)

@@ -63,7 +63,7 @@ def linear_grad_params(grad, x, codes, params, codec, shape):
         wanted = [p for p in leaves if p.requires_grad]
         dw = grad.reshape(-1, shape[0]).to(w.dtype).t() @ x.reshape(-1, shape[1]).to(w.dtype)
         found = iter(torch.autograd.grad(w, wanted, dw, allow_unused=True, materialize_grads=True))
-    return [next(found) if p.requires_grad else x.new_empty(0) for p in leaves]
+    return [next(found) if p.requires_grad else torch.empty(0, device=x.device) for p in leaves]
 
 
 def encode(weight, importance, params, codec):

@@ -3,17 +3,20 @@
 namespace rs {
 
 std::vector<Term> residual_terms(const Spec& spec, Shape shape) {
+  spec.only({"base", "rest", "clip"});
   const Spec *base = spec.find("base"), *rest = spec.find("rest");
   if (!base || !rest) throw std::invalid_argument("residual: needs base=... and rest=...");
-  std::vector<Term> terms = resolve(*base, shape);
+  if (!(spec.number("clip", 0) >= 0))
+    throw std::invalid_argument("residual: clip must be 0 or positive, got " + spec.word("clip", ""));
+  std::vector<Term> terms = resolve(*base, shape), more = resolve(*rest, shape);
+  if (terms.size() != 1 || more.size() != 1)
+    throw std::invalid_argument("residual: base and rest must be plain codecs, not residuals again");
   // The rest's codes follow the base's params, and its own list of params follows them.
-  const int codes = terms.back().first_param + static_cast<int>(terms.back().row.params.size());
-  for (Term& term : resolve(*rest, shape)) {
-    term.codes_param = term.codes_param < 0 ? codes : codes + 1 + term.codes_param;
-    term.first_param += codes + 1;
-    term.prefix = "rest_" + term.prefix;
-    terms.push_back(std::move(term));
-  }
+  Term& term = more.front();
+  term.codes_param = static_cast<int>(terms.front().row.params.size());
+  term.first_param = term.codes_param + 1;
+  term.prefix = "rest_";
+  terms.push_back(std::move(term));
   return terms;
 }
 

@@ -117,17 +117,19 @@ void check(const Layer& layer, int64_t row) {
 }  // namespace
 
 std::vector<Term> sparse_terms(const Spec& spec, Shape shape) {
+  spec.only({"percent"});
   const double percent = spec.number("percent", 1);
   if (!(percent > 0 && percent <= 100))
     throw std::invalid_argument("sparse: percent must be above 0 and at most 100, got " + spec.word("percent", ""));
   if (shape.in > 65535)
     throw std::invalid_argument("sparse: columns are 16 bits, so in_features must be below 65536, got " +
                                 std::to_string(shape.in));
-  const auto n = std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(percent / 100 * shape.in)), 1, shape.in);
+  const int64_t width = std::max<int64_t>(1, shape.in);  // a tile is never empty
+  const auto n = std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(percent / 100 * shape.in)), 1, width);
   Term term;
   Row& row = term.row;
   row.name = "sparse";
-  row.tile = {1, shape.in, 2 + 3 * n};
+  row.tile = {1, width, 2 + 3 * n};
   row.params = {{"scale", Axis::out, {shape.out}}};
   row.decode = decode;
   row.adjoint = adjoint;

@@ -64,6 +64,7 @@ void choose(Row& row, int k, Search search, Isa isa) {
 }  // namespace
 
 std::vector<Term> trellis_terms(const Spec& spec, Shape shape) {
+  spec.only({"bits", "rotate", "search"});
   const double k = 2 * spec.number("bits", 2);
   if (k != std::floor(k) || k < 3 || k > 8)
     throw std::invalid_argument("trellis: bits must be 1.5, 2, 2.5, 3, 3.5 or 4, got " + spec.word("bits", ""));

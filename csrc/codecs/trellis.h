@@ -30,7 +30,7 @@ constexpr int kTrellisRadii = 64, kTrellisAngles = 16;
 
 // cos and sin of an angle by their Taylor series in y = angle^2, in float64 with one rounding per
 // operation: the same bits on every device, which a math library does not promise. Absolute error
-// below 1e-15 for |angle| <= 2 and below 1e-8 for |angle| <= 2 pi.
+// below 1e-15 for |angle| <= 2 and below 1e-7 for |angle| <= 2 pi.
 RS_HD void polar_direction(float angle, float* cosine, float* sine) {
   const double x = angle, y = mul(x, x);
   double factorial = 1.0, c[14], s[14];

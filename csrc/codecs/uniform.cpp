@@ -185,6 +185,7 @@ void choose(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
 }  // namespace
 
 std::vector<Term> uniform_terms(const Spec& spec, Shape shape) {
+  spec.only({"bits", "group", "symmetric"});
   const double bits = spec.number("bits", 4), wanted = spec.number("group", 64);
   const bool symmetric = spec.flag("symmetric", false);
   if (bits != std::floor(bits) || bits < 2 || bits > 8)

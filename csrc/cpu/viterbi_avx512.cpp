@@ -6,6 +6,8 @@
 
 #include <cstring>
 
+// GCC 12 sees uninitialised variables in its own intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2")
 

@@ -1,58 +1,66 @@
-// The trellis search without intrinsics: loops of 32 that a compiler turns into vectors of any length.
+// The trellis search without intrinsics: 8 lanes of the compiler's own vectors.
+#include <cstring>
+
 #include "viterbi_pass.h"
 
 namespace rs::viterbi {
 namespace {
 
 struct Generic {
-  struct V {
-    int16_t lane[32];
-  };
-  static constexpr int kLanes = 32, kGroup = 1;
+  static constexpr int kLanes = 8, kGroup = 1;
+  using V = int16_t __attribute__((vector_size(2 * kLanes)));
+  using U = uint16_t __attribute__((vector_size(2 * kLanes)));
+  using Pairs = int32_t __attribute__((vector_size(2 * kLanes)));
+  using Fours = int64_t __attribute__((vector_size(2 * kLanes)));
 
-  template <class F>
-  static V each(F&& f) {
-    V r;
-    for (int l = 0; l < kLanes; ++l) r.lane[l] = static_cast<int16_t>(f(l));
-    return r;
+  static V load(const int16_t* p) {
+    V x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
   }
-  static int clamp(int x) { return x > kTop ? kTop : x < kBottom ? kBottom : x; }
-
-  static V load(const int16_t* p) { return each([&](int l) { return p[l]; }); }
-  static V fill(int x) { return each([&](int) { return x; }); }
-  static V add(const V& x, const V& y) {
-    return each([&](int l) { return clamp(x.lane[l] + y.lane[l]); });
+  static V fill(int x) { return V{} + static_cast<int16_t>(x); }
+  static V add(V x, V y) {
+    const V sum = (V)((U)x + (U)y), over = ((x ^ sum) & (y ^ sum)) >> 15;
+    return (sum & ~over) | (((x >> 15) ^ kTop) & over);
   }
-  static V sub(const V& x, const V& y) {
-    return each([&](int l) { return clamp(x.lane[l] - y.lane[l]); });
+  static V sub(V x, V y) {
+    const V sum = (V)((U)x - (U)y), over = ((x ^ sum) & (x ^ y)) >> 15;
+    return (sum & ~over) | (((x >> 15) ^ kTop) & over);
   }
-  static V min(const V& x, const V& y) {
-    return each([&](int l) { return x.lane[l] < y.lane[l] ? x.lane[l] : y.lane[l]; });
+  static V min(V x, V y) { return x < y ? x : y; }
+  static V mulhrs(V x, V y) {
+    // Vectors have no widening product; loops get one, if they are not unrolled first.
+    int16_t p[kLanes], q[kLanes];
+    std::memcpy(p, &x, sizeof p);
+    std::memcpy(q, &y, sizeof q);
+#pragma GCC unroll 1
+    for (int l = 0; l < kLanes; ++l) p[l] = static_cast<int16_t>((p[l] * q[l] + 0x4000) >> 15);
+    return load(p);
   }
-  static V mulhrs(const V& x, const V& y) {
-    return each([&](int l) { return (x.lane[l] * y.lane[l] + 0x4000) >> 15; });
+  static V dot_bytes(V u8, V s8) {
+    return (u8 & 255) * ((V)((U)s8 << 8) >> 8) + (V)((U)u8 >> 8) * (s8 >> 8);
   }
-  static V dot_bytes(const V& u8, const V& s8) {
-    return each([&](int l) {
-      return (u8.lane[l] & 255) * static_cast<int8_t>(s8.lane[l]) +
-             (u8.lane[l] >> 8 & 255) * (s8.lane[l] >> 8);
-    });
-  }
-  static V swap(const V& x) {
-    return each([&](int l) { return x.lane[l ^ 1]; });
-  }
+  static V swap(V x) { return __builtin_shuffle(x, V{1, 0, 3, 2, 5, 4, 7, 6}); }
   template <int N>
   static V spread(const int16_t* p) {
-    return each([&](int l) { return p[l % N]; });
+    if constexpr (N == 2) {
+      int32_t peers;
+      std::memcpy(&peers, p, sizeof peers);
+      return (V)(Pairs{} + peers);
+    } else {
+      int64_t peers;
+      std::memcpy(&peers, p, sizeof peers);
+      return (V)(Fours{} + peers);
+    }
   }
   // Lane l goes to p[l % N * stride + l / N].
   template <int N>
-  static void store(int16_t* p, int stride, const V& x) {
-    for (int l = 0; l < kLanes; ++l) p[l % N * stride + l / N] = x.lane[l];
+  static void store(int16_t* p, int stride, V x) {
+    for (int l = 0; l < kLanes; ++l) p[l % N * stride + l / N] = x[l];
   }
-  static int lowest(const V& x) {
+  static int lowest(V x) {
     int low = kTop;
-    for (int l = 0; l < kLanes; ++l) low = x.lane[l] < low ? x.lane[l] : low;
+    for (int l = 0; l < kLanes; ++l) low = x[l] < low ? x[l] : low;
     return low;
   }
 };

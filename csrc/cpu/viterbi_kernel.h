@@ -51,16 +51,16 @@ template <class S, class Grain, int K>
 void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
   using R = Rows<K>;
   using V = typename S::V;
-  constexpr int kGroup = S::kGroup, kOverlaps = 1 << (16 - K), kRow = 32 * Grain::kArrays;
+  constexpr int kGroup = S::kGroup, kStride = metric_stride(K), kRow = 32 * Grain::kArrays;
   int32_t low[kTiles];
   for (int i = 0; i < kTiles; ++i) low[i] = kBottom + x.bound[0][i];
   for (int64_t t = 0; t < x.steps; ++t)
     for (int first = 0; first < kTiles; first += kGroup) {
-      const int16_t* from = metrics + (t * kTiles + first) * kOverlaps;
-      int16_t* to = metrics + ((t + 1) * kTiles + first) * kOverlaps;
+      const int16_t* from = metrics + (t * kTiles + first) * kStride;
+      int16_t* to = metrics + ((t + 1) * kTiles + first) * kStride;
       Grain grain[kGroup];
       V lowest[kGroup];
-      int16_t drop[kGroup];  // what metrics are lowered by, known before the step so that no pass is added
+      int16_t drop[kGroup];  // lowers the metrics; known before the step, which saves a pass
       for (int i = 0; i < kGroup; ++i) {
         const int tile = first + i;
         grain[i] = Grain(x.a[t][tile], x.b[t][tile]);
@@ -77,7 +77,8 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
             for (int d = 0; d < R::kDropped; ++d) {
               const typename Grain::Points points(block + d * kRow + lane);
               for (int i = 0; i < kGroup; ++i) {
-                const V before = S::template spread<R::kPeers>(from + i * kOverlaps + hi + d * R::kHigh);
+                const int16_t* metric = from + i * kStride + hi + d * R::kHigh;
+                const V before = S::template spread<R::kPeers>(metric);
                 best[i] = S::min(best[i], S::add(grain[i].error(points), before));
               }
             }
@@ -86,7 +87,8 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
               if constexpr (R::kPeersDropped) best[i] = S::min(best[i], S::swap(best[i]));
               const V metric = S::sub(best[i], S::fill(drop[i]));
               lowest[i] = S::min(lowest[i], metric);
-              S::template store<R::kPeers>(to + i * kOverlaps + after, R::kPeersDropped ? 0 : 1 << K,
+              // Where peers are dropped values their lanes are equal by now and go to one place.
+              S::template store<R::kPeers>(to + i * kStride + after, R::kPeersDropped ? 0 : 1 << K,
                                            metric);
             }
           }
@@ -97,17 +99,18 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
 template <class Grain, int K>
 void back(const Targets& x, const int16_t* columns, const int16_t* metrics, int first, int last,
           int* overlap, uint8_t (*dropped)[kTiles]) {
-  constexpr int kOverlaps = 1 << (16 - K), kDropped = 1 << K, kHigh = 1 << (16 - 2 * K);
+  constexpr int kStride = metric_stride(K), kDropped = 1 << K, kHigh = 1 << (16 - 2 * K);
   for (int64_t t = last - 1; t >= first; --t)
     for (int i = 0; i < kTiles; ++i) {
       const int16_t* points = columns + overlap[i] * Grain::kArrays * kDropped;
-      const int16_t* metric = metrics + (t * kTiles + i) * kOverlaps + (overlap[i] >> K);
+      const int16_t* metric = metrics + (t * kTiles + i) * kStride + (overlap[i] >> K);
       const int a = x.a[t][i], b = x.b[t][i];
       int32_t before[kDropped];
       for (int d = 0; d < kDropped; ++d) before[d] = metric[d * kHigh];
       int32_t best = INT32_MAX;  // cost above, dropped value in the low byte
       for (int d = 0; d < kDropped; ++d) {
-        const int32_t cost = saturate(Grain::error(points + d, kDropped, a, b) + before[d]) * 256 + d;
+        const int error = Grain::error(points + d, kDropped, a, b);
+        const int32_t cost = saturate(error + before[d]) * 256 + d;
         best = cost < best ? cost : best;
       }
       best &= 255;

@@ -20,8 +20,8 @@
 //              bytes,  R^2 = 4050 in norm;   error = norm - (u * a + v * b), which fits int16
 //
 // Either is |point - target|^2 less what depends on the target alone, so that errors go down to
-// -bound. Metrics are kept with their lowest at kBottom + bound or a little above: nothing saturates at
-// the bottom, and what saturates at the top has lost.
+// -bound. Metrics are kept with their lowest at kBottom + bound or a little above, so that nothing
+// saturates at the bottom, and what saturates at the top has lost.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,10 @@ constexpr int kTiles = 4;  // taken through a pass together: the points are read
 constexpr int kBottom = -32768, kTop = 32767;
 constexpr int kCoarse = 90;
 
+// int16 from one tile's metrics to the next one's. A step reads at strides of a power of two in
+// each tile; a line more keeps the tiles out of each other's cache sets.
+constexpr int metric_stride(int k) { return (1 << (16 - k)) + 32; }
+
 // The targets of a pass, the tiles side by side within a step.
 struct Targets {
   int steps;
@@ -43,9 +47,9 @@ struct Targets {
 
 struct Kernels {
   // From the metrics before the first step, with their lowest at kBottom + bound, computes those
-  // before and after all others: metrics[steps + 1][kTiles][2^(16-K)].
+  // before and after all others: metrics[steps + 1][kTiles][metric_stride(K)].
   void (*forward)(const Targets&, const int16_t* rows, int16_t* metrics);
-  // Walks back over steps last - 1 to first. overlap: those after the steps, on return those before.
+  // Walks back over steps last - 1 to first. overlap: after the steps, on return before them.
   void (*back)(const Targets&, const int16_t* columns, const int16_t* metrics, int first, int last,
                int* overlap, uint8_t (*dropped)[kTiles]);
 };
@@ -56,12 +60,12 @@ const KernelTable& generic_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 
-// Points are laid out twice, each time as runs of [u | v | norm] (fine) or [u + 256 v | norm] (coarse).
+// Points are laid out twice, in runs of [u | v | norm] (fine) or [u + 256 v | norm] (coarse).
 //
 // columns: a run per overlap after the step, of its 2^K dropped values.
-// rows: runs of 32 states that share a dropped value, in the order in which `forward` reads them: by
-// block of overlaps after the step, then by dropped value. Neighbours in a row are kPeers overlaps
-// before the step, so that one broadcast of kPeers metrics serves the row without a permutation:
+// rows: runs of 32 states that share a dropped value, in the order in which `forward` reads them:
+// by block of overlaps after the step, then by dropped value. Neighbours in a row are kPeers
+// overlaps before the step, so that one broadcast of kPeers metrics serves the row:
 //
 //     lane   0           1               2           3
 //            hi, new 0   hi + 1, new 0   hi, new 1   hi + 1, new 1 ...      o' = hi << K | new
@@ -71,10 +75,10 @@ template <int K>
 struct Rows {
   static constexpr bool kPeersDropped = K == 8;
   static constexpr int kPeers = K == 3 ? 4 : 2;
-  static constexpr int kHigh = kPeersDropped ? kPeers : 1 << (16 - 2 * K);  // stride of dropped values
   static constexpr int kNew = 32 / kPeers;                                  // new values in a row
   static constexpr int kParts = (1 << K) / kNew;                            // rows for all of them
   static constexpr int kDropped = (1 << K) / (kPeersDropped ? kPeers : 1);  // rows in a block
+  static constexpr int kHigh = kPeersDropped ? kPeers : 1 << (16 - 2 * K);  // metrics between them
 
   struct Place {
     int row, lane;
@@ -84,7 +88,8 @@ struct Rows {
     const int hi = (state >> K) & (kHigh - 1), part = fresh / kNew;
     if (kPeersDropped)
       return {part * kDropped + dropped / kPeers, fresh % kNew * kPeers + dropped % kPeers};
-    return {(hi / kPeers * kParts + part) * kDropped + dropped, fresh % kNew * kPeers + hi % kPeers};
+    return {(hi / kPeers * kParts + part) * kDropped + dropped,
+            fresh % kNew * kPeers + hi % kPeers};
   }
 };
 

@@ -120,7 +120,8 @@ class Codec(ABC):
         shape = (weight.shape[0], weight.shape[1])
         prepared = Hessian.prepare(hessian, shape[1], label)
         params = self.initial_params(weight, seed)
-        if prepared is not None and self.tile(shape).cols <= max(16, shape[1] // 2):
+        several = self.tile(shape).grid(shape)[1] > 1
+        if prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2):
             codes, params = encode_with_feedback(self, weight, params, prepared)
         else:
             importance = None if prepared is None else prepared.diagonal()
@@ -173,5 +174,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Codec):
         return value.spec
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     return str(value)

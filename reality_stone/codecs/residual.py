@@ -30,6 +30,8 @@ class Residual(Codec):
         for part in (self.base, self.rest):
             if not isinstance(part, Codec):
                 raise ValueError(f"residual: base and rest must be codecs, got {part!r}")
+            if isinstance(part, Residual):
+                raise ValueError("residual: base and rest must be plain codecs, not residuals again")
         if not self.clip >= 0:
             raise ValueError(f"residual: clip must be 0 or positive, got {self.clip}")
 

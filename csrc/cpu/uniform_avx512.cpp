@@ -1,0 +1,316 @@
+// Uniform codes on AVX-512 (BW, VBMI, VNNI), groups of a multiple of 32.
+//
+// linear   codes of 2, 4 and 8 bits are shifted and masked to int16, of other widths spread to bytes
+//          first (vpermb brings the bytes of eight codes into 64 bits, vpmultishiftqb cuts them);
+//          vpdpwssd with int16 activations adds neighbouring columns in 32-bit lanes, flushed to float
+//          with each lane's scale. Zero points cost one product per group, with the sums of x.
+// decode   two bytes per code by vpermb into 32-bit lanes, shifted by lane.
+#include "fast.h"
+
+#if RS_FAST_X86
+#include "parallel.h"
+#include "uniform_integers.h"
+
+namespace rs {
+namespace {
+
+struct alignas(64) Ints {
+  uint32_t at[16];
+};
+
+// 64 codes to bytes: quadword q gets bytes Bits * q on, and code i of it starts at bit Bits * i.
+template <int Bits>
+struct Spread {
+  Bytes bytes{}, cut{};
+  constexpr Spread() {
+    for (int i = 0; i < 64; ++i) {
+      bytes.at[i] = static_cast<uint8_t>(i % 8 < Bits ? Bits * (i / 8) + i % 8 : 0);
+      cut.at[i] = static_cast<uint8_t>(Bits * (i % 8));
+    }
+  }
+};
+template <int Bits>
+constexpr Spread<Bits> kSpread;
+
+// 32 codes to 32-bit lanes, 16 at a time: the two bytes that hold a code, and its place in them.
+template <int Bits>
+struct Unpack {
+  Bytes bytes[2]{};
+  Ints shift{};
+  constexpr Unpack() {
+    for (int i = 0; i < 32; ++i) {
+      for (int t = 0; t < 4; ++t)
+        bytes[i / 16].at[i % 16 * 4 + t] = static_cast<uint8_t>(Bits * i / 8 + (t & 1));
+      shift.at[i % 16] = static_cast<uint32_t>(Bits * i % 8);
+    }
+  }
+};
+template <int Bits>
+constexpr Unpack<Bits> kUnpack;
+
+}  // namespace
+}  // namespace rs
+
+#include "avx512.h"
+
+namespace rs {
+namespace {
+
+template <int Bits>
+constexpr int kParts = 16 / uniform_view(Bits);
+template <int Bits>
+constexpr int kBlockBytes = uniform_block(Bits) * Bits / 8;
+template <int Bits>
+constexpr __mmask64 kBlockMask = kBlockBytes<Bits> == 64 ? ~0ull : (1ull << (kBlockBytes<Bits> % 64)) - 1;
+
+// Code k of every int16 word of the block at p; of a block that is not whole, only `mask` bytes exist.
+template <int Bits, bool Whole>
+RS_INLINE void words_of(const uint8_t* p, __mmask64 mask, __m512i* w) {
+  __m512i codes;
+  if constexpr (Whole && kBlockBytes<Bits> == 64) {
+    codes = load(p);
+  } else {
+    codes = _mm512_maskz_loadu_epi8(Whole ? kBlockMask<Bits> : mask, p);
+  }
+  if constexpr (Bits != uniform_view(Bits))
+    codes = _mm512_multishift_epi64_epi8(load(kSpread<Bits>.cut.at),
+                                         _mm512_permutexvar_epi8(load(kSpread<Bits>.bytes.at), codes));
+  const __m512i top = _mm512_set1_epi16((1 << Bits) - 1);
+  constexpr int kView = uniform_view(Bits);
+  for (int k = 0; k < kParts<Bits>; ++k) {
+    w[k] = _mm512_srli_epi16(codes, k * kView);
+    if (Bits != kView || k + 1 < kParts<Bits>) w[k] = _mm512_and_si512(w[k], top);
+  }
+}
+
+struct Product {
+  const Layer& layer;
+  const UniformGroups& groups;
+  const UniformActivations& x;
+  bool symmetric;
+  int64_t m;
+  float* repeated;  // kRows rows of scales, when each stands for more than one group
+  float* y;
+};
+
+// Rows at a time: their blocks meet the same activations while those are in the first cache.
+template <int B>
+constexpr int kRows = B == 1 ? 1 : 4;
+
+// The scale of every lane of a block with PerBlock of them. A masked load of all would be shorter, and
+// slow where it crosses a cache line.
+template <int PerBlock>
+RS_INLINE __m512 lane_scales(const float* s, __m512i lane) {
+  if constexpr (PerBlock == 2)
+    return _mm512_permutexvar_ps(lane, _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double*>(s))));
+  if constexpr (PerBlock == 4) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x4(_mm_loadu_ps(s)));
+  if constexpr (PerBlock == 8) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x8(_mm256_loadu_ps(s)));
+  return _mm512_set1_ps(*s);
+}
+
+// Adds the integer products of a block, `mask` of its bytes, with B rows of x.
+template <int Bits, int B, bool Whole>
+RS_INLINE void add_block(const uint8_t* codes, __mmask64 mask, const int16_t* values, __m512i* acc) {
+  constexpr int kStep = kParts<Bits> * 32;
+  __m512i w[kParts<Bits>];
+  words_of<Bits, Whole>(codes, mask, w);
+  for (int b = 0; b < B; ++b)
+    for (int k = 0; k < kParts<Bits>; ++k)
+      acc[b] = _mm512_dpwssd_epi32(acc[b], w[k], load(values + b * kStep + k * 32));
+}
+
+template <int B>
+RS_INLINE void flush(const __m512i* acc, __m512 scales, __m512* total) {
+  for (int b = 0; b < B; ++b) total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[b]), scales, total[b]);
+}
+
+// Rows row, row + 1, ... below `end`, of which the last fills up the kRows.
+// PerBlock scales meet a block, or, when it is 0, one scale meets groups.span blocks.
+template <int Bits, int B, int PerBlock>
+void rows(const Product& p, int64_t row, int64_t end) {
+  constexpr int R = kRows<B>, kStep = kParts<Bits> * 32;
+  constexpr int kRowsAhead = 8;  // of scales and zeros, which are too short for the hardware to foresee
+  const auto& [layer, groups, x, symmetric, m, repeated, y] = p;
+  const int64_t n = layer.tile_cols(), row_bytes = n * layer.tile.bytes;
+  const int64_t ahead = R == 1 ? 4096 : R * row_bytes;  // bytes of software prefetch
+  const int64_t full = layer.in / uniform_block(Bits), scales = n * groups.repeat;
+  int64_t at[R];
+  const uint8_t* codes[R];
+  const float* s[R];
+  __m512 total[R][B];
+  for (int r = 0; r < R; ++r) {
+    at[r] = row + r < end ? row + r : end - 1;
+    codes[r] = layer.codes + at[r] * row_bytes;
+    s[r] = layer.params[0] + at[r] * n;
+    if (groups.repeat > 1) {
+      float* to = repeated + r * scales;
+      for (int64_t g = 0; g < n; ++g)
+        for (int64_t i = 0; i < groups.repeat; ++i) *to++ = s[r][g];
+      s[r] = to - scales;
+    }
+    for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
+  }
+
+  const __m512i lane = load(groups.lane);
+  const int16_t* values = x.values.get();
+  const int64_t span = PerBlock ? 1 : groups.span;
+  for (int64_t block = 0; block < full; block += span) {
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) {
+      __m512i acc[B];
+      for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
+      for (int64_t i = 0; i < span; ++i) {
+        _mm_prefetch(codes[r] + ahead, _MM_HINT_T0);
+        add_block<Bits, B, true>(codes[r], 0, values + i * B * kStep, acc);
+        codes[r] += kBlockBytes<Bits>;
+      }
+      flush<B>(acc, lane_scales<PerBlock>(s[r], lane), total[r]);
+      s[r] += PerBlock ? PerBlock : 1;
+    }
+    values += span * B * kStep;
+  }
+  if (x.blocks > full) {
+    const __mmask64 mask = (1ull << (row_bytes - full * kBlockBytes<Bits>)) - 1;
+    const __mmask16 rest = static_cast<__mmask16>((1 << (scales % groups.per_block)) - 1);
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) {
+      __m512i acc[B];
+      for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
+      add_block<Bits, B, false>(codes[r], mask, values, acc);
+      flush<B>(acc, _mm512_permutexvar_ps(lane, _mm512_maskz_loadu_ps(rest, s[r])), total[r]);
+    }
+  }
+
+#pragma GCC unroll 1
+  for (int r = 0; r < R; ++r) {
+    const float* scale = layer.params[0] + at[r] * n;
+    const float* zero = symmetric ? nullptr : layer.params[1] + at[r] * n;
+    for (int64_t g = 0; g < n; g += 16) {
+      _mm_prefetch(scale + g + kRowsAhead * n, _MM_HINT_T0);
+      if (zero) _mm_prefetch(zero + g + kRowsAhead * n, _MM_HINT_T0);
+      const __mmask16 mask = static_cast<__mmask16>(n - g >= 16 ? 0xFFFF : (1 << (n - g)) - 1);
+      const __m512 z = zero ? _mm512_maskz_loadu_ps(mask, zero + g) : _mm512_set1_ps(1 << (Bits - 1));
+      const __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + g), z);
+      for (int b = 0; b < B; ++b)
+        total[r][b] = _mm512_fnmadd_ps(offset, _mm512_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
+    }
+    for (int b = 0; b < B; ++b)
+      if (b < m) y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b];
+  }
+}
+
+template <int Bits, int B>
+void product(const Product& p, int64_t row0, int64_t row1) {
+  const auto run = p.groups.span > 1        ? rows<Bits, B, 0>
+                   : p.groups.per_block == 1 ? rows<Bits, B, 1>
+                   : p.groups.per_block == 2 ? rows<Bits, B, 2>
+                   : p.groups.per_block == 4 ? rows<Bits, B, uniform_view(Bits) == 8 ? 2 : 4>
+                                             : rows<Bits, B, uniform_view(Bits) == 2 ? 8 : 2>;
+  for (; row0 < row1; row0 += kRows<B>) run(p, row0, row1);
+}
+
+// Words 1, 3, 5, ... of two registers.
+struct UpperWords {
+  alignas(64) uint16_t at[32]{};
+  constexpr UpperWords() {
+    for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(2 * i + 1);
+  }
+};
+constexpr UpperWords kUpperWords;
+
+RS_INLINE void store(float* w, __m512 a, __m512 b) {
+  _mm512_storeu_ps(w, a);
+  _mm512_storeu_ps(w + 16, b);
+}
+RS_INLINE void store(uint16_t* w, __m512 a, __m512 b) {
+  _mm512_storeu_si512(w, _mm512_permutex2var_epi16(round_bf16(a), load(kUpperWords.at), round_bf16(b)));
+}
+
+template <int Bits, class T>
+void decode_rows(const Layer& layer, bool symmetric, int64_t row0, int64_t row1, T* w) {
+  constexpr int kBytes = 4 * Bits;  // of 32 codes
+  const auto& [bytes, shift] = kUnpack<Bits>;
+  const __m512i top = _mm512_set1_epi32((1 << Bits) - 1);
+  const int64_t n = layer.tile_cols();
+  const uint8_t* codes = layer.codes + row0 * n * layer.tile.bytes;
+  for (int64_t tile = row0 * n; tile < row1 * n; ++tile) {
+    const __m512 scale = _mm512_set1_ps(quiet(layer.params[0][tile]));
+    const __m512 zero = _mm512_set1_ps(symmetric ? 1 << (Bits - 1) : quiet(layer.params[1][tile]));
+    for (int64_t j = 0; j < layer.tile.cols; j += 32, codes += kBytes, w += 32) {
+      __m512i c;
+      if constexpr (Bits == 8) {
+        c = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+      } else if constexpr (Bits == 4) {
+        c = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      } else {
+        c = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1ull << kBytes) - 1, codes));
+      }
+      __m512 level[2];
+      for (int i = 0; i < 2; ++i) {
+        const __m512i pair = _mm512_permutexvar_epi8(load(bytes[i].at), c);
+        const __m512i code = _mm512_and_si512(_mm512_srlv_epi32(pair, load(shift.at)), top);
+        level[i] = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), zero), scale);
+      }
+      store(w, level[0], level[1]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rs
+
+#pragma GCC pop_options
+
+namespace rs {
+namespace {
+
+template <int Bits, bool Symmetric>
+void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  constexpr int kView = uniform_view(Bits);
+  const UniformGroups groups(layer.tile.cols, kView);
+  const int64_t grain = row_grain(layer.out, layer.in);
+  for (int64_t b = 0; b < m; b += kMaxBatch) {
+    const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
+    const UniformActivations values(x + b * layer.in, batch, layer.in, kView, layer.tile.cols);
+    const auto kernel = values.batch == 1   ? product<Bits, 1>
+                        : values.batch == 2 ? product<Bits, 2>
+                        : values.batch == 4 ? product<Bits, 4>
+                                            : product<Bits, 8>;
+    parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
+      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group : 0);
+      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin, end);
+    });
+  }
+}
+
+template <int Bits, bool Symmetric, class T>
+void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  decode_rows<Bits>(layer, Symmetric, row0, row1, w);
+}
+
+template <int Bits>
+void fill(Row& row, bool symmetric) {
+  row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
+  row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
+  row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
+  row.linear_max_m = 2 * kMaxBatch;
+  row.linear_type = "integer codes, 16-bit activations per row";
+}
+
+}  // namespace
+
+void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group) {
+  if (group % 32 != 0) return;
+  switch (bits) {
+    case 2: return fill<2>(row, symmetric);
+    case 3: return fill<3>(row, symmetric);
+    case 4: return fill<4>(row, symmetric);
+    case 5: return fill<5>(row, symmetric);
+    case 6: return fill<6>(row, symmetric);
+    case 7: return fill<7>(row, symmetric);
+    case 8: return fill<8>(row, symmetric);
+  }
+}
+
+}  // namespace rs
+#endif

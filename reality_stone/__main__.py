@@ -1,0 +1,5 @@
+"""python -m reality_stone."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,475 @@
+"""Save and load models with compressed layers: a directory of model.safetensors and config.json.
+
+`config.json` holds `quantization_config`: quant_method, version and the plan, one object for
+each compressed layer. The plan also stands in the metadata of model.safetensors, beside a sha256 of
+every tensor, so that damage is found and either file can be judged alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import tensorfile
+from .nn import RBELinear
+from .packed import Packed, storage_dtype
+from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
+from .tensorfile import Header
+
+METHOD = "reality_stone"
+VERSION = 1
+READERS = {1: "0.1.0"}  # checkpoint version -> first release that reads it
+WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MAX_CONFIG = 100_000_000  # bytes
+
+# --- save ---
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    source: str | os.PathLike[str] | None = None,
+    dense_dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the model as a checkpoint directory, whole or not at all.
+
+    Tokenizer files come from `tokenizer` (an object with save_pretrained) or from the directory
+    `source`. Float32 tensors outside compressed layers are stored as `dense_dtype` where that
+    loses nothing. A checkpoint of ours under that name is replaced once the new one is complete;
+    any other directory that is not empty is refused with ValueError. Raises OSError in one sentence
+    when the disk does not take it; what was there before is then still there.
+    """
+    target = check_target(directory)
+    plan = plan_of(model)
+    tensors, tied = _tensors(model, plan, dense_dtype)
+    quantization = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "plan": [entry.to_config() for entry in plan],
+    }
+    config = _model_config(model, dense_dtype) | {"quantization_config": quantization}
+    metadata = {METHOD: json.dumps(quantization), "tied": json.dumps(tied)}
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        if target.is_dir():
+            _carry_over(target, part)
+        if source is not None:
+            _copy_tokenizer(Path(source), part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
+        generation = getattr(model, "generation_config", None)
+        if hasattr(generation, "to_json_string"):
+            (part / "generation_config.json").write_text(generation.to_json_string())
+        tensorfile.write(part / WEIGHTS, tensors, metadata)
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (part / NOTE).write_text(_note(plan, tensors))
+        _sync(part)
+        _move_into_place(part, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{target}: the checkpoint could not be written: {reason}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def check_target(directory: str | os.PathLike[str]) -> Path:
+    """The absolute path to save to. Raises ValueError where `save` would refuse to write."""
+    target = Path(directory).expanduser().resolve()
+    if target.is_dir():
+        if any(target.iterdir()) and not _is_ours(target):
+            raise ValueError(
+                f"{target}: this directory is not empty and holds no {METHOD} checkpoint, "
+                "choose another name"
+            )
+    elif target.exists():
+        raise ValueError(f"{target}: this is a file, a checkpoint is a directory")
+    elif not target.name:
+        raise ValueError(f"{target}: this is no name for a directory")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{target}: nothing can be written in {parent}")
+    return target
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        return config["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _tensors(
+    model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What to store, tied tensors once; and {name left out: name stored} for the tied."""
+    packed: dict[str, Tensor] = {}
+    for entry in plan:
+        layer = model.get_submodule(entry.name).packed
+        if layer.codes.is_meta:
+            raise ValueError(f"layer {entry.name!r} holds no data (meta device)")
+        try:
+            layer.check()
+        except WRONG as error:
+            raise ValueError(f"layer {entry.name!r} cannot be saved: {error}") from None
+        packed[f"{entry.prefix}codes"] = layer.codes
+        for name, value in layer.params.items():
+            packed[f"{entry.prefix}{name}"] = value.to(storage_dtype(value))
+    found: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name!r} in the model's state is no dense tensor and cannot be saved"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"tensor {name!r} holds no data (meta device)")
+        kept = first.setdefault(_identity(tensor), name)
+        if kept != name:
+            tied[name] = kept
+        elif name in packed:
+            found[name] = packed[name]
+        else:
+            found[name] = _narrow(tensor.detach(), dense_dtype)
+        if name not in tied and found[name].dtype not in tensorfile.NAMES:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold")
+    return found, tied
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """Equal for two names of the same memory."""
+    if tensor.is_meta or not tensor.numel():
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or tensor.dtype != torch.float32 or dtype.itemsize >= tensor.element_size():
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _model_config(model: nn.Module, dense_dtype: torch.dtype | None) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
+    known["architectures"] = [type(model).__name__]
+    if known.get("model_type"):
+        dtype = dense_dtype or getattr(model, "dtype", torch.float32)
+        known["dtype"] = str(dtype).removeprefix("torch.")
+    return known
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Keep what others put beside a checkpoint that is about to be replaced."""
+    for item in old.iterdir():
+        if item.name in (CONFIG, NOTE) or ".safetensors" in item.name:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True)
+        else:
+            shutil.copy2(item, new / item.name, follow_symlinks=False)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _sync(directory: Path) -> None:
+    """Have the bytes on the disk before the name says that they are there."""
+    for item in directory.iterdir():
+        if item.is_file() and not item.is_symlink():
+            with item.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _move_into_place(part: Path, target: Path) -> None:
+    if not target.exists():
+        part.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    target.rename(old)
+    try:
+        part.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _note(plan: list[PlanEntry], tensors: Mapping[str, Tensor]) -> str:
+    weights = sum(math.prod(entry.shape) for entry in plan)
+    names = [name for entry in plan for name in entry.tensors() if name in tensors]
+    bits = sum(tensors[name].numel() * tensors[name].element_size() * 8 for name in names)
+    rate = f" at {bits / weights:.3f} bits per weight, everything counted" if weights else ""
+    return f"""# A model with layers compressed by Reality Stone
+
+{len(plan)} linear layers are stored as codes{rate}. Load it with `reality-stone` installed:
+
+```python
+import reality_stone as rs
+model = rs.from_pretrained("this directory")  # a language model of transformers
+rs.load(model, "this directory")              # any other model, built by your own code
+```
+
+Do not load it with transformers alone: without `import reality_stone` it only warns, and gives
+those layers random dense weights. `reality-stone inspect` shows what is in the files.
+"""
+
+
+# --- load ---
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose config and headers are valid; tensors are not yet read."""
+
+    directory: Path
+    config: dict[str, Any]
+    plan: list[PlanEntry]
+    header: Header
+
+
+def load(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint into `model`, swapping its layers as the plan says; returns the model.
+
+    Floating-point tensors outside compressed layers take the dtype that the model has. Raises
+    FileNotFoundError or ValueError in one sentence, and has then changed nothing in the model.
+    """
+    checkpoint = open_checkpoint(directory)
+    file = checkpoint.header.path
+    try:
+        names = _match(model, checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    tensors = _read(checkpoint)
+    state = model.state_dict(keep_vars=True)
+    _check_ties(file, names, tensors, state)
+    devices = {e.name: _device(find_layer(model, e)) for e in checkpoint.plan}
+    replace(model, checkpoint.plan)
+    with torch.no_grad():
+        for entry in checkpoint.plan:
+            layer = model.get_submodule(entry.name)
+            if any(t.is_meta for t in (layer.codes, *layer.params)):
+                device = devices[entry.name]
+                layer.to_empty(device="cpu" if device.type == "meta" else device)
+        _assign(model, names, tensors)
+    return model
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Check config.json and the header of model.safetensors. Raises as `load` does."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: there is no such directory")
+    config = read_config(directory)
+    plan = read_plan(directory / CONFIG, config.get("quantization_config"))
+    file = directory / WEIGHTS
+    if not file.exists() and (directory / f"{WEIGHTS}.index.json").exists():
+        raise ValueError(f"{file}: this release reads checkpoints of one file, this one has shards")
+    header = tensorfile.read_header(file)
+    own = header.metadata.get(METHOD)
+    if own is not None and header.record(METHOD) != config["quantization_config"]:
+        raise ValueError(f"{file}: the plan it was written with is not the one in {CONFIG}")
+    check_sizes(header, plan)
+    return Checkpoint(directory, config, plan, header)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory as an object."""
+    path = directory / CONFIG
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG)
+        config = json.loads(raw.decode("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: this is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a configuration must be a JSON object")
+    return config
+
+
+def read_plan(path: Path, quantization: Any) -> list[PlanEntry]:
+    """The plan of a quantization_config. `path` is for the message. Raises ValueError."""
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{path}: without quantization_config this is no {METHOD} checkpoint")
+    method, version = quantization.get("quant_method"), quantization.get("version")
+    if method != METHOD:
+        raise ValueError(f"{path}: quant_method must be {METHOD!r}, got {method!r:.200}")
+    if type(version) is not int or version not in READERS:
+        raise ValueError(
+            f"{path}: the checkpoint has version {version!r:.50}; this release reads version "
+            f"{VERSION} (reality-stone {READERS[VERSION]} and later), a newer release may read it"
+        )
+    plan = quantization.get("plan")
+    if not isinstance(plan, list):
+        raise ValueError(f"{path}: the plan must be a list, got {plan!r:.200}")
+    try:
+        return plan_entries(plan)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
+    """Codes and params of every layer are there in the dtype and shape that the plan needs."""
+    for entry in plan:
+        coded = {f"{entry.prefix}{p.name}" for p in entry.codec.params(entry.shape) if p.codes}
+        coded.add(f"{entry.prefix}codes")
+        for name, shape in entry.tensors().items():
+            have = header.entries.get(name)
+            if have is None:
+                raise ValueError(f"{header.path}: tensor {name!r} is missing, the plan needs it")
+            wanted = ("U8",) if name in coded else ("F16", "F32", "BF16")
+            if tensorfile.NAMES[have.dtype] not in wanted or have.shape != tuple(shape):
+                raise ValueError(
+                    f"{header.path}: tensor {name!r} is {_text(have.dtype, have.shape)}, "
+                    f"{entry.codec.spec} needs {' or '.join(wanted)} {list(shape)}"
+                )
+
+
+def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """{name in the model: name in the file} of every tensor, with all names and shapes checked."""
+    entries, plan = checkpoint.header.entries, checkpoint.plan
+    state = model.state_dict(keep_vars=True)
+    packed: dict[str, str] = {}
+    for entry in plan:
+        layer = find_layer(model, entry)
+        if layer is model and not (isinstance(layer, RBELinear) and layer.codec == entry.codec):
+            raise ValueError("the model is itself the layer to swap: put it into a module first")
+        # Under all its names, where the model uses the layer more than once.
+        for name, module in model.named_modules(remove_duplicate=False):
+            if module is layer:
+                prefix = f"{name}." if name else ""
+                for own in list(layer.state_dict(keep_vars=True)):
+                    if own != "bias":
+                        state.pop(prefix + own, None)
+                for stored in entry.tensors():
+                    packed[prefix + stored.removeprefix(entry.prefix)] = stored
+    tied = checkpoint.header.record("tied")
+    tied = tied if isinstance(tied, dict) else {}
+    present = {_identity(t): name for name, t in state.items() if name in entries and _is_tensor(t)}
+    names = dict(packed)
+    for name, tensor in state.items():
+        stored = name
+        if name not in entries:
+            stored = tied.get(name) or (_is_tensor(tensor) and present.get(_identity(tensor)))
+        if not isinstance(stored, str) or stored not in entries:
+            raise ValueError(f"tensor {name!r} of the model is missing")
+        have = entries[stored]
+        floats = have.dtype.is_floating_point and tensor.is_floating_point()
+        if have.shape != tuple(tensor.shape) or not (floats or have.dtype == tensor.dtype):
+            raise ValueError(
+                f"tensor {stored!r} is {_text(have.dtype, have.shape)}, the model needs "
+                f"{_text(tensor.dtype, tensor.shape)}"
+            )
+        names[name] = stored
+    extra = sorted(set(entries) - set(names.values()))
+    if extra:
+        raise ValueError(
+            f"tensor {extra[0]!r} has no place in the model"
+            + (f", nor have {len(extra) - 1} others" if len(extra) > 1 else "")
+        )
+    return names
+
+
+def _device(layer: nn.Linear | RBELinear) -> torch.device:
+    return layer.codes.device if isinstance(layer, RBELinear) else layer.weight.device
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _text(dtype: torch.dtype, shape: Iterable[int]) -> str:
+    return f"{tensorfile.NAMES.get(dtype, dtype)} {list(shape)}"
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors; those of compressed layers are valid codes and finite params."""
+    header = checkpoint.header
+    with header.path.open("rb") as file:
+        tensors = {n: tensorfile.read_tensor(header, e, file) for n, e in header.entries.items()}
+    for entry in checkpoint.plan:
+        check_layer(header.path, entry, tensors)
+    return tensors
+
+
+def check_layer(path: Path, entry: PlanEntry, tensors: Mapping[str, Tensor]) -> Packed:
+    """The layer's Packed. Raises ValueError when its codes or params are not valid."""
+    codes, *params = (tensors[name] for name in entry.tensors())
+    floats = [p.float() if p.is_floating_point() else p for p in params]
+    names = [p.name for p in entry.codec.params(entry.shape)]
+    for name, value in zip(names, floats, strict=True):
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{path}: tensor '{entry.prefix}{name}' holds values that are not finite"
+            )
+    packed = Packed(entry.codec, entry.shape, codes, dict(zip(names, floats, strict=True)))
+    try:
+        packed.check()
+    except (*WRONG, RuntimeError) as error:
+        raise ValueError(f"{path}: tensor '{entry.prefix}codes': {error}") from None
+    return packed
+
+
+def _check_ties(
+    path: Path, names: dict[str, str], tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """One place in the model must not be given two different values."""
+    given: dict[tuple, str] = {}
+    for name, stored in names.items():
+        if name not in state:
+            continue
+        first = given.setdefault(_identity(state[name]), stored)
+        if first != stored and not torch.equal(tensors[first], tensors[stored]):
+            raise ValueError(
+                f"{path}: tensors {first!r} and {stored!r} differ, but are one in the model"
+            )
+
+
+def _assign(model: nn.Module, names: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    state = model.state_dict(keep_vars=True)
+    for name, stored in names.items():
+        target = state[name]
+        if not target.is_meta:
+            target.copy_(tensors[stored])
+            continue
+        made = tensors[stored].to(target.dtype, copy=True)
+        if isinstance(target, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=target.requires_grad)
+        # Wherever the empty tensor hangs: tied places stay one.
+        for module in model.modules():
+            for places in (module._parameters, module._buffers):
+                for own, tensor in places.items():
+                    if tensor is target:
+                        places[own] = made

@@ -1,0 +1,120 @@
+"""What the commands find, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .bench import Result
+    from .compare import Row, Skipped
+    from .doctor import Diagnosis
+    from .inspection import Contents
+    from .jobs import DirectoryEvaluation
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as they need; the first to the left, the others to the right."""
+    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        parts = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def codec(spec: str) -> str:
+    """A codec's text without the settings that say nothing to a reader."""
+    for usual in (", rotate=True", ", search=exact", ", symmetric=False", ", clip=0"):
+        spec = spec.replace(usual, "")
+    return spec
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def diagnosis(found: Diagnosis) -> str:
+    parts = [table(("versions", ""), found.versions.items())]
+    parts[0] += "".join(f"\n{name:<16} {found.packages[name] or '-'}" for name in found.packages)
+    set_of = found.isa if found.isa == found.best_isa else f"{found.isa} (best: {found.best_isa})"
+    parts.append("\n".join(found.devices) + f"\ninstruction set: {set_of}, {found.threads} threads")
+    checks = (
+        (check.codec.split("(")[0], "; ".join(check.kernels), check.problem or "ok")
+        for check in found.checks
+    )
+    parts.append("\n".join(f"{name:<10} {result:<4} {kernels}" for name, kernels, result in checks))
+    parts += [f"note: {note}" for note in found.notes]
+    parts += [f"problem: {problem}" for problem in found.problems]
+    parts.append("everything works" if not found.problems else "something is wrong")
+    return "\n\n".join(parts)
+
+
+def evaluation(found: DirectoryEvaluation) -> str:
+    e = found.evaluation
+    lines = [f"perplexity  {e.perplexity:.3f}"]
+    if e.kl is not None:
+        lines.append(f"KL          {e.kl:.5f} nats per token from the reference")
+    return "\n".join([*lines, f"time        {e.seconds:.1f} s", f"protocol    {found.protocol}"])
+
+
+def contents(found: Contents) -> str:
+    rows = [
+        (layer.name, f"{layer.shape[0]} x {layer.shape[1]}", codec(layer.codec),
+         f"{layer.bits_per_weight:.3f}", size(layer.bytes), "DAMAGED" if layer.problem else "")
+        for layer in found.layers
+    ]  # fmt: skip
+    rows += [
+        (other.name, " x ".join(map(str, other.shape)) or "1", other.dtype, "", size(other.bytes),
+         "DAMAGED" if other.problem else "")
+        for other in found.others
+    ]  # fmt: skip
+    lines = [table(("layer or tensor", "shape", "codec", "b/w", "bytes", ""), rows)] if rows else []
+    if found.layers:
+        lines.append(
+            f"{len(found.layers)} layers at {found.bits_per_weight:.3f} bits per weight, "
+            f"{size(found.size)} in the file, version {found.version}"
+        )
+    problems = [entry.problem for entry in [*found.layers, *found.others] if entry.problem]
+    lines += [f"damaged: {problem}" for problem in [*found.problems, *problems]]
+    if found.sound:
+        checked = "all checksums are right" if found.checksums else "it holds no checksums"
+        lines.append(f"{found.path} is sound, {checked}")
+    return "\n".join(lines)
+
+
+def comparison(rows: Sequence[Row], means: Sequence[Row], skipped: Sequence[Skipped]) -> str:
+    head = ("matrix", "codec", "b/w", "nmse", "dB from bound", "encode Mw/s", "decode Mw/s",
+            "linear us", "torch us")  # fmt: skip
+    shown = [*rows, *means] if len(means) < len(rows) else rows
+    body = (
+        (row.tensor, codec(row.codec), f"{row.bits_per_weight:.3f}", f"{row.nmse:.5f}",
+         f"{row.db:.2f}", f"{row.encode_mws:.2f}", f"{row.decode_mws:.0f}", f"{row.linear_us:.0f}",
+         f"{row.torch_us:.0f}")
+        for row in shown
+    )  # fmt: skip
+    lines = [table(head, body)] if rows else []
+    lines += [f"left out: {one.tensor}, {codec(one.codec)}: {one.reason}" for one in skipped]
+    return "\n".join(lines)
+
+
+def benchmark(found: Sequence[Result]) -> str:
+    head = ("shape", "batch", "what", "b/w", "ms", "spread", "torch fp32 x", "copies")
+    body = (
+        (f"{r.shape[0]} x {r.shape[1]}", r.batch, codec(r.what), f"{r.bits_per_weight:.3f}",
+         f"{r.seconds * 1e3:.3f}", f"{100 * r.spread:.0f} %", f"{r.speedup:.2f}", r.copies)
+        for r in found
+    )  # fmt: skip
+    first = found[0]
+    what = "forward and backward (input and params, or weight)" if first.backward else "forward"
+    return table(head, body) + (
+        f"\n{what}, {first.threads} threads, {first.isa}; median of interleaved turns, spread is "
+        "half of the middle 80 %; copies of the weights rotate and exceed three times the cache"
+    )
