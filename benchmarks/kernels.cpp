@@ -305,6 +305,7 @@ void print(const std::string& what, Time t, double weights, double bytes, const 
 }
 
 void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
+  in = round_up(in, f.tile.cols);
   Row row;
   row.tile = f.tile;
   f.fast(row, isa);
