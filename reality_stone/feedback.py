@@ -8,19 +8,20 @@ the block LDL factor of H (Tseng et al., QuIP#, 2024; GPTQ, 2023, is the one-col
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .packed import Packed
+from .packed import Packed, round_to_half
 
 if TYPE_CHECKING:
     from .codecs.base import Codec
 
 DAMPING = 0.01
+LARGEST_JOINT_FIT = 4096  # columns whose scales are fitted together: a cubic solve
 
 
 @dataclass
@@ -54,6 +55,12 @@ class Hessian:
         """Damped diagonal, float32: the importance of each input column."""
         d = self.matrix.diagonal()
         return (d.clamp_min(0) + self.damping * d.mean()).float()
+
+    def damped(self) -> Tensor:
+        """H + damping * mean(diag H), float32."""
+        h = self.matrix.float()
+        h.diagonal().add_(self.damping * h.diagonal().mean())
+        return h
 
     def rotated(self, in_scale: Tensor | None, block: int, features: int) -> Tensor:
         """The damped Hessian of x -> Hadamard(in_scale * x), padded to `features`, float32."""
@@ -163,19 +170,44 @@ def to_inner(codec: Codec, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
     ).contiguous()
 
 
-def refit_out_scale(packed: Packed, weight: Tensor, hessian: Hessian | None) -> Tensor:
-    """The scale of each row that is best in closed form: argmin_s (w - s q) H (w - s q)^T."""
-    scale = packed.params["out_scale"]
-    unscaled = Packed(packed.codec, packed.shape, packed.codes, packed.params | {"out_scale": torch.ones_like(scale)})
-    q = unscaled.decode()
-    qh = q
-    if hessian is not None:
-        h = hessian.matrix.float()
-        h.diagonal().add_(hessian.damping * h.diagonal().mean())
-        qh = q @ h
+def refit_scales(packed: Packed, weight: Tensor, hessian: Hessian | None) -> dict[str, Tensor]:
+    """The frame's scales that are best in closed form for the codes, held to float16 values.
+
+    Each row's scale minimises (w - s q) H (w - s q)^T. With a Hessian of moderate size the scales of
+    all columns follow, jointly, and then the rows once more.
+    """
+    h = None if hessian is None else hessian.damped()
+    scales = {"out_scale": round_to_half(_best_out_scale(packed, weight, h))}
+    if h is None or "in_scale" not in packed.params or packed.shape[1] > LARGEST_JOINT_FIT:
+        return scales
+    fitted = replace(packed, params=packed.params | scales)
+    in_scale = round_to_half(_best_in_scale(fitted, weight, h))
+    fitted = replace(packed, params=fitted.params | {"in_scale": in_scale})
+    scales = {"in_scale": in_scale, "out_scale": round_to_half(_best_out_scale(fitted, weight, h))}
+    return scales
+
+
+def _unscaled(packed: Packed, name: str) -> Tensor:
+    ones = torch.ones_like(packed.params[name])
+    return replace(packed, params=packed.params | {name: ones}).decode()
+
+
+def _best_out_scale(packed: Packed, weight: Tensor, h: Tensor | None) -> Tensor:
+    q = _unscaled(packed, "out_scale")
+    qh = q if h is None else q @ h
     power = (qh * q).sum(1)
     best = (qh * weight).sum(1) / power
-    return torch.where((power > 0) & best.isfinite(), best, scale)
+    return torch.where((power > 0) & best.isfinite(), best, packed.params["out_scale"])
+
+
+def _best_in_scale(packed: Packed, weight: Tensor, h: Tensor) -> Tensor:
+    q = _unscaled(packed, "in_scale")
+    system = ((q.t() @ q) * h).double()
+    system.diagonal().add_(1e-6 * system.diagonal().mean())
+    goal = ((q.t() @ weight) * h).sum(1, dtype=torch.float64)
+    best, failed = torch.linalg.solve_ex(system, goal)
+    usable = not failed and bool(best.isfinite().all())
+    return best.float() if usable else packed.params["in_scale"]
 
 
 def _warn(label: str, message: str) -> None:

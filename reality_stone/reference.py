@@ -57,6 +57,11 @@ def linear_grad_input(grad, codes, params, codec, shape):
 
 
 def linear_grad_params(grad, x, codes, params, codec, shape):
+    if not grad.numel() or not x.numel():
+        return [
+            torch.zeros_like(p) if p.is_floating_point() else torch.empty(0, device=x.device)
+            for p in params
+        ]
     with torch.enable_grad():
         leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in params]
         w = decode(codes, leaves, codec, shape)

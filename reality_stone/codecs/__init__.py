@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import warnings
 from typing import Any
 
 from .. import ops
@@ -14,6 +15,8 @@ from .trellis import Trellis
 from .uniform import Uniform
 
 REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Uniform)}
+
+LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
 __all__ = ["REGISTRY", "Codec", "Param", "Residual", "Sparse", "Tile", "Trellis", "Uniform", "codec",
            "codecs", "from_config"]
@@ -67,10 +70,22 @@ def _kind(name: str) -> type[Codec]:
 
 
 def _parse(text: str) -> Codec:
+    wrong = f"codec {text[:200]!r} is not of the form name(key=value, ...)"
     try:
-        return _from_node(ast.parse(text, mode="eval").body)
+        if len(text) > LONGEST_TEXT:
+            raise SyntaxError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's own parser, about odd literals
+            node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(wrong) from None
+    try:
+        found = _from_node(node)
     except (SyntaxError, TypeError, AttributeError):
-        raise ValueError(f"codec {text!r} is not of the form name(key=value, ...)") from None
+        raise ValueError(wrong) from None
+    if not isinstance(found, Codec):
+        raise ValueError(wrong)
+    return found
 
 
 def _from_node(node: ast.AST) -> Any:
@@ -80,7 +95,10 @@ def _from_node(node: ast.AST) -> Any:
         return codec(node.func.id, **{k.arg: _from_node(k.value) for k in node.keywords})
     if isinstance(node, ast.Name):
         return node.id
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise SyntaxError from None
 
 
 ops.set_codec_parser(functools.lru_cache(maxsize=4096)(_parse))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..feedback import Hessian, encode_with_feedback, refit_out_scale
-from ..packed import Packed, round_to_half
+from ..feedback import Hessian, encode_with_feedback, refit_scales
+from ..packed import Packed
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Codec(ABC):
         """Reference decode of the inner matrix T, padded to tiles, in plain torch."""
 
     @abstractmethod
-    def initial_params(self, weight: Tensor, seed: int) -> dict[str, Tensor]:
-        """Params to start the encoder from."""
+    def initial_params(self, weight: Tensor, seed: int, feedback: bool = False) -> dict[str, Tensor]:
+        """Params to start the encoder from; `feedback`: errors will be fed back into the targets."""
 
     @abstractmethod
     def encode_reference(
@@ -119,9 +119,10 @@ class Codec(ABC):
         weight = check_weight(weight, self.name)
         shape = (weight.shape[0], weight.shape[1])
         prepared = Hessian.prepare(hessian, shape[1], label)
-        params = self.initial_params(weight, seed)
         several = self.tile(shape).grid(shape)[1] > 1
-        if prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2):
+        feedback = prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2)
+        params = self.initial_params(weight, seed, feedback)
+        if feedback:
             codes, params = encode_with_feedback(self, weight, params, prepared)
         else:
             importance = None if prepared is None else prepared.diagonal()
@@ -129,7 +130,7 @@ class Codec(ABC):
             params = dict(zip(params, fitted, strict=True))
         packed = Packed(self, shape, codes, params)
         if "out_scale" in params and weight.numel():
-            params["out_scale"] = round_to_half(refit_out_scale(packed, weight, prepared))
+            params |= refit_scales(packed, weight, prepared)
         return packed
 
     def decode_reference(
@@ -168,6 +169,19 @@ def check_weight(weight: Tensor, name: str) -> Tensor:
     if not weight.is_floating_point():
         raise TypeError(f"{name}: weight must be floating point, got {weight.dtype}")
     return weight.detach().to("cpu", torch.float32).contiguous()
+
+
+def whole_number(value: Any, low: int, high: int, what: str) -> int:
+    """A setting as an int; `what` names the codec and the setting."""
+    if isinstance(value, (int, float)) and low <= value <= high and value == int(value):
+        return int(value)
+    raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def flag(value: Any, what: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{what} must be True or False, got {value!r}")
 
 
 def _text(value: Any) -> str:

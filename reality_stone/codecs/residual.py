@@ -32,8 +32,9 @@ class Residual(Codec):
                 raise ValueError(f"residual: base and rest must be codecs, got {part!r}")
             if isinstance(part, Residual):
                 raise ValueError("residual: base and rest must be plain codecs, not residuals again")
-        if not self.clip >= 0:
-            raise ValueError(f"residual: clip must be 0 or positive, got {self.clip}")
+        if not (isinstance(self.clip, (int, float)) and 0 <= self.clip < 1e300):
+            raise ValueError(f"residual: clip must be 0 or positive and finite, got {self.clip!r}")
+        object.__setattr__(self, "clip", float(self.clip))
 
     @classmethod
     def at_bits(cls, bits):

@@ -22,8 +22,9 @@ class Sparse(Codec):
     percent: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"sparse: percent must be above 0 and at most 100, got {self.percent}")
+        if not (isinstance(self.percent, (int, float)) and 0 < self.percent <= 100):
+            raise ValueError(f"sparse: percent must be above 0 and at most 100, got {self.percent!r}")
+        object.__setattr__(self, "percent", float(self.percent))
 
     @classmethod
     def at_bits(cls, bits):
@@ -43,7 +44,7 @@ class Sparse(Codec):
     def params(self, shape):
         return (Param("scale", (shape[0],), "out"),)
 
-    def initial_params(self, weight, seed):
+    def initial_params(self, weight, seed, feedback=False):
         return {"scale": torch.zeros(weight.shape[0])}
 
     def decode_tiles(self, codes, params, shape):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..packed import round_to_half
-from .base import Codec, Param, Tile
+from .base import Codec, Param, Tile, flag, whole_number
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,9 @@ class Uniform(Codec):
     symmetric: bool = False
 
     def __post_init__(self):
-        if self.bits != int(self.bits) or not 2 <= self.bits <= 8:
-            raise ValueError(f"uniform: bits must be a whole number from 2 to 8, got {self.bits}")
-        if self.group != int(self.group) or not 1 <= self.group <= 1 << 20:
-            raise ValueError(f"uniform: group must be a whole number from 1 to 1048576, got {self.group}")
-        object.__setattr__(self, "bits", int(self.bits))
-        object.__setattr__(self, "group", int(self.group))
-        object.__setattr__(self, "symmetric", bool(self.symmetric))
+        object.__setattr__(self, "bits", whole_number(self.bits, 2, 8, "uniform: bits"))
+        object.__setattr__(self, "group", whole_number(self.group, 1, 1 << 20, "uniform: group"))
+        flag(self.symmetric, "uniform: symmetric")
 
     def tile(self, shape):
         return Tile(1, self.group, -(-self.group * self.bits // 8))
@@ -41,7 +37,7 @@ class Uniform(Codec):
         scale, zero = Param("scale", sizes, "both"), Param("zero", sizes, "both")
         return (scale,) if self.symmetric else (scale, zero)
 
-    def initial_params(self, weight, seed):
+    def initial_params(self, weight, seed, feedback=False):
         return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
 
     def decode_tiles(self, codes, params, shape):
