@@ -8,7 +8,7 @@ import novels
 import torch
 
 import reality_stone as rs
-from reality_stone import checkpoint, hf, show
+from reality_stone import checkpoint, show
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch) / "novels_lm_packed"
         # The dense rest (the embedding, the norms) goes back to the float16 it came from.
-        checkpoint.save(model, folder, source=novels.MODEL, dense_dtype=torch.float16)
-        loaded = hf.from_pretrained(folder)
+        rs.save(model, folder, source=novels.MODEL, dense_dtype=torch.float16)
+        loaded = rs.from_pretrained(folder)
         before = (novels.MODEL / checkpoint.WEIGHTS).stat().st_size
         after = (folder / checkpoint.WEIGHTS).stat().st_size
     print(f"model.safetensors: {show.size(before)} before, {show.size(after)} after")

@@ -58,7 +58,7 @@ def main() -> None:
         folder = novels.MODEL
         if name != "dense":
             folder = args.out / name.replace(", ", "_").replace(" ", "_")
-            checkpoint.save(model, folder, source=novels.MODEL, dense_dtype=torch.float16)
+            rs.save(model, folder, source=novels.MODEL, dense_dtype=torch.float16)
         stored = sum(m.packed.bits for m in layers(model)) or 16 * weights
         size = (folder / checkpoint.WEIGHTS).stat().st_size
         shown = name in ("dense", lowest, trained)
