@@ -1,4 +1,4 @@
-"""Compress the language model to 2 bits and train its tables towards the dense model's predictions."""
+"""Compress the language model to 2 bits and train its tables towards the dense model."""
 
 import argparse
 import copy

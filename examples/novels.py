@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from reality_stone import hf
+from reality_stone.evaluate import windows as cut
+from reality_stone.jobs import Calibration
 
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "novels_lm"
@@ -26,20 +28,17 @@ def tokenizer() -> Any:
 
 def validation(tokens: int = 65_536) -> Tensor:
     """The first token ids (n,) of the validation text."""
-    return hf.tokenize_file(tokenizer(), DATA / "novels_valid.txt.xz")[:tokens]
+    return hf.tokenize_file(tokenizer(), DATA / "novels_valid.txt.xz", tokens=tokens)
 
 
-def calibration(windows: int = 128, seed: int = 5) -> Tensor:
+def calibration(windows: int = 128) -> Tensor:
     """(windows, CONTEXT) token ids from random places of the training text."""
-    ids = hf.tokenize_file(tokenizer(), DATA / "novels_train.txt.xz")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(ids.numel() - CONTEXT + 1, (windows,), generator=generator)
-    return ids[starts[:, None] + torch.arange(CONTEXT)]
+    file = str(DATA / "novels_train.txt.xz")
+    return Calibration(file, windows, CONTEXT).windows(hf.tokenize_file(tokenizer(), file))
 
 
 def training(windows: int, seed: int = 0) -> Tensor:
     """(windows, CONTEXT) token ids of the training text, without overlap, shuffled."""
-    ids = hf.tokenize_file(tokenizer(), DATA / "novels_train.txt.xz")
-    cut = ids[: ids.numel() // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    order = torch.randperm(cut.shape[0], generator=torch.Generator().manual_seed(seed))
-    return cut[order[:windows]]
+    pieces = cut(hf.tokenize_file(tokenizer(), DATA / "novels_train.txt.xz"), CONTEXT)
+    order = torch.randperm(pieces.shape[0], generator=torch.Generator().manual_seed(seed))
+    return pieces[order[:windows]]

@@ -1,13 +1,27 @@
 """Reality Stone: trainable compressed layers for PyTorch."""
 
 from . import metrics, nn, reference  # noqa: F401  (reference registers the plain-torch kernels)
+from .checkpoint import load, save
 from .codecs import Codec, codec, codecs
 from .compress import Report, compress
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
+from .swap import dequantize, replace
 from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs", "compress",
-           "evaluate", "finetune", "kl_divergence", "metrics", "nn", "perplexity"]
+__all__ = [
+    "Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs",
+    "compress", "dequantize", "evaluate", "finetune", "from_pretrained", "kl_divergence", "load",
+    "metrics", "nn", "perplexity", "replace", "save",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    # Hugging Face code is imported only when asked for.
+    if name == "from_pretrained":
+        from .hf import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -438,7 +438,7 @@ def check_layer(path: Path, entry: PlanEntry, tensors: Mapping[str, Tensor]) -> 
     try:
         packed.check()
     except (*WRONG, RuntimeError) as error:
-        raise ValueError(f"{path}: tensor '{entry.prefix}codes': {error}") from None
+        raise ValueError(f"{path}: layer {entry.name!r}: {error}") from None
     return packed
 
 

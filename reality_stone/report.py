@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def html_report(
     return path
 
 
-COLUMNS = ("model", "b/w", "matrices", "file", "perplexity", "to dense", "KL", "tokens/s")
+COLUMNS = ("model", "b/w", "perplexity", "to dense", "KL", "matrices", "file", "tokens/s")
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
@@ -89,11 +90,11 @@ def trial_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
         (
             t.name,
             f"{t.bits_per_weight:.3f}",
-            show.size(t.matrix_bytes),
-            show.size(t.file_bytes),
             f"{t.evaluation.perplexity:.3f}",
             f"{t.evaluation.perplexity / base:.4f}",
             "" if t.evaluation.kl is None else f"{t.evaluation.kl:.5f}",
+            show.size(t.matrix_bytes),
+            show.size(t.file_bytes),
             f"{t.tokens_per_second:.0f}",
         )
         for t in trials
@@ -115,7 +116,11 @@ def model_report(
     trained = [t for t in others if t.training is not None]
     one_shot = [t for t in others if t.training is None]
     judged = dense.evaluation
-    best = min(others, key=lambda t: t.bits_per_weight)
+    smallest = min(t.matrix_bytes for t in others)
+    best = min(
+        (t for t in others if t.matrix_bytes < 1.01 * smallest),
+        key=lambda t: t.evaluation.perplexity,
+    )
     lead = (
         f"{best.name}: {dense.matrix_bytes / best.matrix_bytes:.1f} times smaller matrices at "
         f"{best.bits_per_weight:.3f} bits per weight, everything counted; perplexity "
@@ -153,13 +158,13 @@ def model_report(
             trial_rows(trials),
             "b/w, matrices: all that is stored for the compressed matrices (codes, scales, tables, "
             "padding). file: the whole checkpoint, dense embedding included. Perplexity over "
-            f"{judged.tokens:,} tokens in cold windows of {judged.context}; KL of the dense "
-            "model's predictions to this one's, nats per token. tokens/s: greedy generation, one sequence, "
-            "KV cache, median over turns.",
+            f"{judged.tokens:,} tokens in cold windows of {judged.context}. KL(dense || model) in "
+            "nats per token. tokens/s: greedy generation of one sequence with KV cache, median "
+            "over turns.",
         ),
         *plots,
         layer_map("Error and bits of each layer", compressions),
-        texts("Text", prompt, {t.name: t.text for t in (dense, *trained, *one_shot) if t.text}),
+        texts("Text", prompt, {t.name: t.text for t in trials if t.text}),
         facts("How and where this was measured", {**details, **machine()}),
         lead=lead,
     )
@@ -202,10 +207,15 @@ def layer_map(title: str, reports: Mapping[str, Report], note: str = "") -> Sect
         return Section(title, _note("No layer was compressed."))
     floor = max(min(errors), 1e-12)
     span = math.log(max(max(errors), floor) / floor) or 1.0
-    head = "<th scope=col>layer</th>" + "".join(f"<th scope=col>{escape(n)}</th>" for n in cells)
+    names = list(dict.fromkeys(n for column in cells.values() for n in column))
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = ".".join(level[0] for level in takewhile(lambda x: len(set(x)) == 1, levels))
+    head = f"<th scope=col>layer{f' in {escape(shared)}' if shared else ''}</th>"
+    head += "".join(f"<th scope=col>{escape(n)}</th>" for n in cells)
     lines = []
-    for name in dict.fromkeys(n for column in cells.values() for n in column):
-        row = f"<tr><th scope=row>{escape(name).replace('.', '.<wbr>')}</th>"
+    for name in names:
+        short = escape(name[len(shared) :].lstrip(".")).replace(".", ".<wbr>")
+        row = f"<tr><th scope=row>{short}</th>"
         for column in cells.values():
             layer = column.get(name)
             if layer is None:
@@ -222,7 +232,7 @@ def layer_map(title: str, reports: Mapping[str, Report], note: str = "") -> Sect
     )
     scale = (
         "Relative squared error of a layer's output on calibration data (of the weight, where "
-        "there was none); the darker, the larger, on a logarithmic scale from "
+        "there was none); the stronger the colour, the larger, on a logarithmic scale from "
         f"{_percent(min(errors))} to {_percent(max(errors))}."
     )
     return Section(title, _scrolling(title, grid) + _note(scale) + _note(note))
@@ -310,7 +320,7 @@ def _error(layer: LayerReport) -> float:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.2f} %" if value >= 1e-3 else f"{100 * value:.2g} %"
 
 
 def _note(text: str) -> str:
@@ -427,14 +437,16 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
-th:first-child { text-align: left; padding-left: 0; }
+td { white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper); }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 600; }
 .heat { width: auto; font-size: .85rem; }
 .heat th, .heat td { padding: .2rem .55rem; }
 .heat tbody th { font-weight: 400; max-width: 20rem; }
 .heat td { background: rgb(var(--heat-colour) / calc(.04 + .56 * var(--heat, 0)));
-  border: 1px solid var(--paper); white-space: nowrap; }
+  border: 1px solid var(--paper); }
 .heat small { display: block; color: var(--ink); opacity: .8; font-size: .72rem; line-height: 1.2; }
 figure { margin: 0 0 1rem; }
 figcaption { font-weight: 600; font-size: .92rem; }

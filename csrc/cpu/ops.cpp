@@ -10,6 +10,7 @@
 
 #include "../bind.h"
 #include "../codecs/trellis.h"
+#include "clones.h"
 #include "frame.h"
 #include "isa.h"
 #include "parallel.h"
@@ -119,7 +120,7 @@ at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x)
 }
 
 at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor& grad) {
-  Panels panels(row, layer, int64_t{1} << 23, bf16_panels());
+  Panels panels(row, layer, panel_elements(grad.size(0)), bf16_panels());
   const at::Tensor cast = grad.to(panels.type());
   at::Tensor dx = at::zeros({grad.size(0), layer.in});
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) { dx.add_(at::mm(cast.narrow(1, r, n), panel)); });
@@ -233,6 +234,25 @@ struct BlockGrads {
   }
 };
 
+// One row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into dLoss/dp, returns dLoss/dso.
+RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si, float* dsi) {
+  constexpr int64_t kLanes = 16;  // partial sums in a fixed order, whatever the vector width
+  float lanes[kLanes] = {};
+  auto one = [&](int64_t j, int64_t lane) {
+    const float scale = si ? si[j] : 1.0f, product = p[j] * d[j];
+    lanes[lane] += product * scale;
+    if (dsi) dsi[j] += product * so;
+    d[j] *= so * scale;
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) one(j + lane, lane);
+  for (; j < n; ++j) one(j, j % kLanes);
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
 // dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's params.
 //   W = out_scale * P * in_scale with P = H_out T H_in
 void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows, float* dw,
@@ -248,18 +268,9 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
     row.decode(layer, r, r + rows, block);
     rotate(block);
     for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
-      const float* p = block + i * in;
-      float* d = dw + i * in;
-      const float so = out_scale ? out_scale[r + i] : 1.0f;
-      float lanes[16] = {};
-      for (int64_t j = 0; j < shape.in; ++j) {
-        const float si = in_scale ? in_scale[j] : 1.0f, product = p[j] * d[j];
-        lanes[j % 16] += product * si;
-        if (in_scale) grads.pointers[row.in_scale][j] += product * so;
-        d[j] *= so * si;
-      }
-      if (out_scale)
-        for (float lane : lanes) grads.pointers[row.out_scale][r + i] += lane;
+      const float sum = scale_gradients(block + i * in, dw + i * in, shape.in, out_scale ? out_scale[r + i] : 1.0f,
+                                        in_scale, in_scale ? grads.pointers[row.in_scale] : nullptr);
+      if (out_scale) grads.pointers[row.out_scale][r + i] += sum;
     }
   }
   rotate(dw);

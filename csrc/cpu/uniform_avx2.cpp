@@ -35,9 +35,11 @@ constexpr int kRows = B == 1 ? 1 : 4;
 // Of half a block; all scales behind s are there to read but in the last step of a row.
 template <int PerStep>
 RS_INLINE __m256 lane_scales(const float* s, __m256i lane) {
-  if constexpr (PerStep == 2)
-    return _mm256_permutevar8x32_ps(
-        _mm256_castsi256_ps(_mm256_set1_epi64x(*reinterpret_cast<const long long*>(s))), lane);
+  if constexpr (PerStep == 2) {
+    double two;
+    __builtin_memcpy(&two, s, sizeof two);
+    return _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), lane);
+  }
   if constexpr (PerStep == 4)
     return _mm256_permutevar8x32_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(s)), lane);
   return _mm256_set1_ps(*s);

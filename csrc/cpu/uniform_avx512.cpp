@@ -101,8 +101,11 @@ constexpr int kRows = B == 1 ? 1 : 4;
 // slow where it crosses a cache line.
 template <int PerBlock>
 RS_INLINE __m512 lane_scales(const float* s, __m512i lane) {
-  if constexpr (PerBlock == 2)
-    return _mm512_permutexvar_ps(lane, _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double*>(s))));
+  if constexpr (PerBlock == 2) {
+    double two;
+    __builtin_memcpy(&two, s, sizeof two);
+    return _mm512_permutexvar_ps(lane, _mm512_castpd_ps(_mm512_set1_pd(two)));
+  }
   if constexpr (PerBlock == 4) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x4(_mm_loadu_ps(s)));
   if constexpr (PerBlock == 8) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x8(_mm256_loadu_ps(s)));
   return _mm512_set1_ps(*s);

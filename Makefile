@@ -1,0 +1,76 @@
+# Every target makes what it needs: .venv with the dependencies, and the C++ library.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+MAX_JOBS ?= 2
+export MAX_JOBS
+
+# Used where it is installed; never needed.
+ifneq ($(wildcard /usr/lib/ccache),)
+export PATH := /usr/lib/ccache:$(PATH)
+endif
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo examples test bench lint sanitize build clean distclean check-tools
+
+demo: $(BUILT)
+	$(PY) examples/demo.py $(DEMO)
+
+# The small budgets of CI; without options each example takes a minute or two.
+examples: $(BUILT)
+	$(PY) examples/swap_linear.py --steps 200
+	$(PY) examples/compress_model.py --windows 8
+	$(PY) examples/finetune_2bit.py --calibration 8 --training 16 --judging 4096
+
+test: $(BUILT)
+	$(PY) -m pytest $(PYTEST)
+
+bench: $(BUILT)
+	$(PY) -m reality_stone bench $(BENCH)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+
+sanitize: $(BUILT)
+	PYTHON="$(CURDIR)/$(PY)" bash tests/sanitize.sh
+
+build: $(BUILT)
+
+$(INSTALLED): pyproject.toml
+	@$(MAKE) --no-print-directory check-tools
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
+	$(PY) -m pip install --quiet "$(TORCH)"
+	@echo "compiling the C++ library and installing (a few minutes the first time)"
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[hf,plot,test]"
+	@touch $(INSTALLED) $(BUILT)
+
+# Installing has compiled the library: only sources newer than that compile again. --force: the
+# outer build looks at .cpp files alone, ninja inside it knows the headers too.
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@if [ ! -e $@ ] || [ -n "$$(find $(SOURCES) -newer $@)" ]; then \
+	  echo "compiling what has changed"; \
+	  $(PY) setup.py --quiet build_ext --inplace --force; \
+	fi
+	@touch $@
+
+check-tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Python 3.10 or newer is needed; $(PYTHON) is not. Try: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { \
+	  echo "the headers of $(PYTHON) are missing. On Debian: apt-get install python3-dev"; exit 1; }
+	@echo 'int main() {}' | $(CXX) -std=c++20 -fsyntax-only -x c++ - 2>/dev/null || { \
+	  echo "a C++20 compiler is needed and $(CXX) is none: install g++ 11 or newer"; exit 1; }
+
+clean:
+	rm -rf build out *.egg-info reality_stone/_C*.so $(BUILT)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

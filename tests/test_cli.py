@@ -1,0 +1,372 @@
+"""The command: exit codes, one-line errors, JSON, and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reality_stone as rs
+from reality_stone import bench, cli, compare, jobs, tensorfile
+from reality_stone.codecs import REGISTRY, codec
+
+TEXT = "it was the best of times it was the worst of times said an old sailor to his ship"
+WORDS = TEXT.split()
+
+
+def text(count: int) -> str:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()
+    return " ".join(WORDS[i] for i in chosen)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A tiny Llama with a tokenizer of whole words and a text, as a Hugging Face directory."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    directory = tmp_path_factory.mktemp("models") / "dense"
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).half()
+    model.save_pretrained(directory)
+    vocabulary = {word: i for i, word in enumerate(["?", *sorted(set(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    (directory / "text.txt").write_text(text(2000))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def packed(dense) -> Path:
+    target = dense.parent / "packed"
+    jobs.compress_directory(dense, target, 4, "uniform(bits=4, group=16)", progress=False)
+    return target
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command: (exit code, stdout, stderr)."""
+
+    def call(*argv) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in argv])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def one_sentence(err: str) -> str:
+    lines = [line for line in err.splitlines() if "warning:" not in line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("reality-stone: error: ")
+    return lines[0]
+
+
+def test_doctor_finds_everything_in_order(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "everything works" in out
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["sound"]
+    assert {check["codec"].split("(")[0] for check in found["checks"]} == set(REGISTRY)
+
+
+def test_doctor_names_a_wrong_instruction_set(run, monkeypatch):
+    monkeypatch.setenv("REALITY_STONE_ISA", "avx1024")
+    _, out, _ = run("doctor")
+    assert "REALITY_STONE_ISA is 'avx1024'" in out
+
+
+def test_doctor_works_without_the_compiled_library(tmp_path):
+    program = (
+        "import sys; sys.modules['reality_stone._C'] = None\n"
+        "from reality_stone.cli import main; sys.exit(main(['doctor', '--json']))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    value = json.loads(found.stdout)
+    assert value["isa"] == "reference"
+    assert any("compiled library is not there" in note for note in value["notes"])
+
+
+def test_a_codec_that_computes_wrong_fails_doctor(run, monkeypatch):
+    kind = REGISTRY["uniform"]
+    right = kind.decode_reference
+    monkeypatch.setattr(kind, "decode_reference", lambda *a: right(*a) + 1)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "uniform" in out.split("problem:")[1]
+
+
+def test_compress_eval_and_inspect_work_together(run, dense, tmp_path):
+    target = tmp_path / "out"
+    code, out, err = run(
+        "compress", dense, target, "--codec", "uniform(bits=4, group=16)", "--calibration",
+        dense / "text.txt", "--samples", "4", "--context", "32", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(json.loads(out)["layers"]) == 14
+    code, out, err = run(
+        "eval", target, "--text", dense / "text.txt", "--reference", dense, "--context", "32",
+        "--tokens", "1000", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["tokens"] == 31 * 31
+    assert 0 < found["kl"] < 0.1
+    assert "text.txt" in found["protocol"]
+    assert "992 tokens" in found["protocol"]
+    code, out, _ = run("inspect", target, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["sound"]
+    assert found["bits_per_weight"] == pytest.approx(6, abs=0.01)
+    assert len(found["layers"]) == 14
+
+
+def test_a_saved_language_model_gives_the_same_bits(dense, packed):
+    from reality_stone import hf
+
+    model = hf.from_pretrained(dense)
+    rs.compress(model, codec="uniform(bits=4, group=16)", progress=False)
+    other = rs.from_pretrained(packed)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, other(tokens).logits)
+    assert other.lm_head.weight is other.get_input_embeddings().weight
+    assert other.generation_config.to_dict() == model.generation_config.to_dict()
+    # The dense part keeps the dtype of its source, in the file.
+    entries = tensorfile.read_header(packed / "model.safetensors").entries
+    assert entries["model.embed_tokens.weight"].dtype == torch.float16
+    assert "lm_head.weight" not in entries
+
+
+def test_text_output_is_for_people(run, dense, packed):
+    _, out, _ = run("inspect", packed)
+    assert "14 layers at" in out
+    assert "all checksums are right" in out
+    _, out, _ = run("eval", packed, "--text", dense / "text.txt", "--context", "16")
+    assert "perplexity" in out
+    assert "protocol" in out
+
+
+def test_inspect_says_where_a_file_is_damaged(run, packed, tmp_path):
+    whole = (packed / "model.safetensors").read_bytes()
+    path = tmp_path / "m.safetensors"
+    name = "model.layers.1.mlp.up_proj"
+    entry = tensorfile.read_header(packed / "model.safetensors").entries[f"{name}.codes"]
+    path.write_bytes(whole[: entry.start] + b"\xaa" * 8 + whole[entry.start + 8 :])
+    code, out, _ = run("inspect", path, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert [layer["name"] for layer in found["layers"] if layer["problem"]] == [name]
+    path.write_bytes(whole[: entry.start + 5])
+    code, out, _ = run("inspect", path)
+    assert code == 1
+    assert f"cut off at byte {entry.start + 5}" in out
+    for size in (0, 5, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        code, out, _ = run("inspect", path, "--json")
+        assert code == 1
+        assert json.loads(out)["problems"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["paint"], ["compress", "a"], ["compress", "a", "b", "--bits", "many"],
+        ["compress", "a", "b", "--bits", "0"], ["compress", "a", "b", "--codec", "magic"],
+        ["compress", "a", "b", "--codec", "uniform(bits=77)"], ["eval", "a"],
+        ["compress", "a", "b", "--samples", "0"], ["bench", "--shapes", "12"],
+        ["bench", "--batches", "1,,2"], ["compare", "a", "--codecs", "uniform,("],
+    ],
+)  # fmt: skip
+def test_bad_usage_gives_two(run, argv):
+    code, out, err = run(*argv)
+    assert code == 2
+    assert not out
+    assert "Traceback" not in err
+
+
+def test_failures_give_one_and_one_sentence(run, dense, packed, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "latin").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "short").write_text("it was")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    cases = {
+        ("inspect", tmp_path / "nothing"): "nothing",
+        ("compress", tmp_path / "nothing", tmp_path / "o"): "nothing",
+        ("compress", dense, tmp_path / "full"): "not empty",
+        ("compress", dense, dense): "not empty",
+        ("compress", dense, tmp_path / "file" / "o"): "nothing can be written",
+        ("compress", packed, tmp_path / "o"): "already compressed",
+        ("compress", dense, tmp_path / "o", "--calibration", tmp_path / "none"): "none",
+        ("compress", dense, tmp_path / "o", "--calibration", tmp_path / "short"): "too few",
+        ("eval", packed, "--text", tmp_path / "latin"): "not readable text",
+        ("eval", packed, "--text", tmp_path / "short"): "less than one window",
+        ("eval", tmp_path / "full", "--text", tmp_path / "short"): "config.json",
+        ("compare", tmp_path / "file"): "safetensors",
+        ("compare", tmp_path / "file", "--bits", "9", "--codecs", "uniform"): "no settings",
+    }
+    for argv, word in cases.items():
+        code, out, err = run(*argv)
+        assert code == 1, argv
+        assert not out
+        assert word in one_sentence(err)
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(FileNotFoundError):
+        run("inspect", tmp_path / "nothing", "--debug")
+
+
+def test_a_damaged_checkpoint_fails_eval_in_one_sentence(run, dense, packed, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((packed / name).read_bytes())
+    whole = (packed / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-9])
+    code, _, err = run("eval", tmp_path, "--text", dense / "text.txt")
+    assert code == 1
+    assert "cut off" in one_sentence(err)
+
+
+def test_an_interrupt_gives_130_and_leaves_nothing(run, dense, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for module, name in ((jobs, "compress"), (tensorfile, "write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            code, out, err = run("compress", dense, tmp_path / "o", "--codec", "uniform(bits=8)")
+        assert code == 130
+        assert not out
+        assert err.strip() == "reality-stone: interrupted"
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_gives_the_line_to_type(run, dense, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = run("eval", dense, "--text", dense / "text.txt")
+    assert code == 1
+    assert "pip install reality-stone[hf]" in one_sentence(err)
+
+
+def test_unexpected_errors_are_one_sentence_too(run, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("reality_stone.inspection.inspect", broken)
+    code, _, err = run("inspect", "x")
+    assert code == 1
+    assert "RuntimeError: two lines" in one_sentence(err)
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("matrices") / "w.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randn(64, 96, generator=generator),
+        "b": torch.randn(33, 50, generator=generator).half(),
+        "bias": torch.zeros(9),
+        "zero": torch.zeros(8, 8),
+    }
+    tensorfile.write(path, tensors, {})
+    return path
+
+
+def test_compare_measures_every_codec_on_every_matrix(run, matrices, tmp_path):
+    codecs = "uniform, sparse(percent=5), residual(base=uniform(bits=2), rest=sparse(percent=1))"
+    csv, plot = tmp_path / "x.csv", tmp_path / "x.svg"
+    code, out, err = run(
+        "compare", matrices, "--codecs", codecs, "--bits", "2.5,3,8", "--csv", csv, "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["rows"]) == 2 * 4
+    assert len(found["summary"]) == 4
+    assert {one["tensor"] for one in found["skipped"]} == {"zero"}
+    assert len(csv.read_text().splitlines()) == 9
+    code, out, _ = run("compare", matrices, "--codecs", "uniform", "--limit", "1")
+    assert code == 0
+    assert "dB from bound" in out
+    pytest.importorskip("matplotlib")
+    assert run("compare", matrices, "--codecs", "uniform", "--limit", "1", "--plot", plot)[0] == 0
+    assert "svg" in plot.read_text()[:300]
+
+
+def test_the_distance_from_the_bound_is_right():
+    assert compare.decibels(2**-4, 2) == pytest.approx(0, abs=1e-9)
+    assert compare.decibels(2**-3, 2) == pytest.approx(3.0103, abs=1e-4)
+
+
+def test_an_uniform_8_bit_code_of_noise_is_where_theory_says(matrices):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    row = compare.measure("w", weight, codec("uniform(bits=8, group=256)"))
+    assert row.bits_per_weight == pytest.approx(8 + 32 / 256)
+    # A step of range / 255 with a range of about 5.6 standard deviations over 256 draws.
+    assert row.nmse == pytest.approx((5.6 / 255) ** 2 / 12, rel=0.25)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_random_packed_is_valid_at_any_size(name):
+    for shape in ((48, 64), (100, 70), (5, 33)):
+        packed = bench.random_packed(REGISTRY[name](), shape)
+        packed.check()
+        assert packed.decode().isfinite().all()
+        assert packed.decode().abs().max() > 0
+
+
+def test_turns_are_interleaved_and_copies_rotate():
+    order = []
+    cases = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
+    found = bench.interleaved(cases, turns=5, turn_seconds=1e-9)
+    assert found["a"].turns == 5
+    assert order[4:] == [(name, i) for i in range(5) for name in "ab"]
+    assert bench.copies_for(10, cache=100) * 10 > 300
+    assert bench.copies_for(1000, cache=100) == 1
+
+
+def test_bench_prints_every_codec_beside_torch(run, monkeypatch):
+    monkeypatch.setattr(bench, "cache_bytes", lambda: 1 << 10)
+    monkeypatch.setattr(bench.interleaved, "__kwdefaults__", {"turns": 2, "turn_seconds": 1e-6})
+    monkeypatch.setattr(bench.bench, "__kwdefaults__", {
+        "backward": False, "turns": 2, "turn_seconds": 1e-6, "progress": False,
+    })  # fmt: skip
+    argv = ["bench", "--shapes", "48x64,33x20", "--batches", "1,3", "--codecs"]
+    argv.append("uniform(bits=4, group=16),residual(base=uniform(bits=2), rest=sparse(percent=9))")
+    for extra in ([], ["--backward"]):
+        code, out, err = run(*argv, *extra, "--json")
+        assert code == 0, err
+        results = json.loads(out)["results"]
+        assert len(results) == 2 * 2 * 4
+        assert all(one["seconds"] > 0 for one in results)
+        assert {one["backward"] for one in results} == {bool(extra)}
+    _, out, _ = run(*argv)
+    assert "threads" in out
+
+
+def test_codec_lists_are_cut_at_outer_commas():
+    assert cli.split("a, b(c=1, d=e(f=2)),g") == ["a", "b(c=1, d=e(f=2))", "g"]
+
+
+def test_json_has_no_infinity():
+    assert cli._finite({"a": [float("inf"), float("nan"), 1.0]}) == {"a": [None, None, 1.0]}
+
+
+def test_the_module_runs_as_a_program():
+    found = subprocess.run(
+        [sys.executable, "-m", "reality_stone", "--version"], capture_output=True, text=True
+    )
+    assert found.returncode == 0
+    assert found.stdout.startswith("reality-stone ")
