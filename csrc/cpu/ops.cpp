@@ -87,7 +87,12 @@ struct Panels {
 
   Panels(const Row& row, const Layer& layer, int64_t elements, bool half)
       : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
-    buffer = at::empty({rows, layer.in}, half && row.decode_bf16 ? at::kBFloat16 : at::kFloat);
+    const auto type = half && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
+    // Kept by the thread: fresh pages for every call cost as much as decoding into them.
+    thread_local at::Tensor kept[2];
+    at::Tensor& pages = kept[type == at::kFloat];
+    if (!pages.defined() || pages.numel() < rows * layer.in) pages = at::empty({rows * layer.in}, type);
+    buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
   }
   at::ScalarType type() const { return buffer.scalar_type(); }
   template <class Visit>
@@ -101,8 +106,12 @@ struct Panels {
   }
 };
 
-// Panels of a product stay in the second-level cache for small batches; large batches amortise them.
-int64_t panel_elements(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 22; }
+// Weights per panel. A product's panels stay in the second-level cache. The gradient to the input is
+// a sum over panels, so there larger ones save passes over the sum (16 MB of bfloat16).
+int64_t product_panel(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 21; }
+int64_t input_gradient_panel(int64_t batch) {
+  return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
+}
 
 at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x) {
   const int64_t m = x.size(0);
@@ -111,7 +120,7 @@ at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x)
     row.linear(layer, x.data_ptr<float>(), m, y.data_ptr<float>());
     return y;
   }
-  Panels panels(row, layer, panel_elements(m), bf16_panels());
+  Panels panels(row, layer, product_panel(m), bf16_panels());
   const at::Tensor cast = x.to(panels.type());
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
     y.narrow(1, r, n).copy_(at::mm(cast, panel.t()));
@@ -120,7 +129,7 @@ at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x)
 }
 
 at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor& grad) {
-  Panels panels(row, layer, panel_elements(grad.size(0)), bf16_panels());
+  Panels panels(row, layer, input_gradient_panel(grad.size(0)), bf16_panels());
   const at::Tensor cast = grad.to(panels.type());
   at::Tensor dx = at::zeros({grad.size(0), layer.in});
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) { dx.add_(at::mm(cast.narrow(1, r, n), panel)); });
