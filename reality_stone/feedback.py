@@ -79,13 +79,12 @@ class Hessian:
 
 
 def feedback_factor(h: Tensor, block: int, label: str = "") -> Tensor | None:
-    """Unit block-lower factor L of h = L D L^T (float32), D block diagonal.
+    """Unit block-lower factor L of h = L D L^T (float32), D block diagonal. h: float64, overwritten.
 
     Damping rises tenfold at a time, up to four times, when h is not positive definite; then None
     with a warning that names the layer.
     """
     mean, added = h.diagonal().mean().item(), 0.0
-    h = h.double()
     for attempt in range(5):
         lower, failed = torch.linalg.cholesky_ex(h)
         if not failed and bool(lower.isfinite().all()):
@@ -108,14 +107,14 @@ def encode_with_feedback(
     """Codes and params of `weight`, block column by block column with fed-back errors."""
     shape = (weight.shape[0], weight.shape[1])
     tile, inner = codec.tile(shape), codec.inner()
-    target = to_inner(codec, weight, params)
-    features = target.shape[1]
-    in_scale = params.get("in_scale")
-    h = hessian.rotated(in_scale, codec.blocks(shape)[1], features)
+    features = tile.grid(shape)[1] * tile.cols
     block = max(tile.cols, 16 // tile.cols * tile.cols)
-    factor = feedback_factor(h, block, hessian.label)
+    h = hessian.rotated(params.get("in_scale"), codec.blocks(shape)[1], features).double()
     # Damped, so only a matrix that is no Hessian has less.
-    importance = h.diagonal().clamp_min(DAMPING * h.diagonal().mean().item())
+    importance = h.diagonal().float().clamp_min(DAMPING * h.diagonal().mean().item())
+    factor = feedback_factor(h, block, hessian.label)
+    del h  # two float64 matrices of a wide layer are half a gigabyte
+    target = to_inner(codec, weight, params)
 
     params = {name: p.clone() for name, p in params.items()}
     axis = {p.name: p.axis for p in codec.params(shape)}
@@ -202,9 +201,12 @@ def _best_out_scale(packed: Packed, weight: Tensor, h: Tensor | None) -> Tensor:
 
 def _best_in_scale(packed: Packed, weight: Tensor, h: Tensor) -> Tensor:
     q = _unscaled(packed, "in_scale")
-    system = ((q.t() @ q) * h).double()
+    goal = (q.t() @ weight).mul_(h).sum(1, dtype=torch.float64)
+    product = (q.t() @ q).mul_(h)
+    del q
+    system = product.double()
+    del product
     system.diagonal().add_(1e-6 * system.diagonal().mean())
-    goal = ((q.t() @ weight) * h).sum(1, dtype=torch.float64)
     best, failed = torch.linalg.solve_ex(system, goal)
     usable = not failed and bool(best.isfinite().all())
     return best.float() if usable else packed.params["in_scale"]
