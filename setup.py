@@ -28,12 +28,20 @@ def extension():
     ]
     # No multiply-add contraction: decode is bit-exact on every instruction set.
     flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
+    # at::parallel_for is serial in code compiled without OpenMP; torch brings the runtime.
+    flags += ["-fopenmp"]
     flags += os.environ.get("REALITY_STONE_CXXFLAGS", "").split()
     compile_args = {"cxx": flags}
     if WITH_CUDA:
         compile_args["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo"]
     kind = CUDAExtension if WITH_CUDA else CppExtension
-    return kind("reality_stone._C", sources(), define_macros=macros, extra_compile_args=compile_args)
+    return kind(
+        "reality_stone._C",
+        sources(),
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=["-fopenmp"],
+    )
 
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 2))

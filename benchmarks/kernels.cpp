@@ -65,6 +65,30 @@ class Pages {
   uint8_t* data_;
 };
 
+// A copy that ends where its mapping does: reading or writing past it stops the program.
+class Guarded {
+ public:
+  Guarded(const void* from, size_t bytes) : bytes_((bytes + 8191) & ~size_t{4095}) {
+    base_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    uint8_t* end = static_cast<uint8_t*>(base_) + bytes_ - 4096;
+    mprotect(end, 4096, PROT_NONE);
+    data_ = end - bytes;
+    std::memcpy(data_, from, bytes);
+  }
+  ~Guarded() { munmap(base_, bytes_); }
+  Guarded(const Guarded&) = delete;
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  size_t bytes_;
+  void* base_;
+  uint8_t* data_;
+};
+
 struct Format {
   std::string name;
   Tile tile;
@@ -166,37 +190,84 @@ void expect(bool good, const std::string& what) {
   std::printf("FAILED %s\n", what.c_str());
 }
 
+// Activations that integers could spoil, and results that could depend on the threads.
+void check_extremes(const Format& f, const Row& row, const std::string& where) {
+  const int64_t out = 40 * f.tile.rows, in = f.tile.cols * 20, m = 3;
+  const Weights weights(f, 160 * out, in, 1, false);
+  Layer layer = weights.layers[0];
+  const auto product = [&](const std::vector<float>& x) {
+    std::vector<float> y(static_cast<size_t>(m * layer.out), 7);
+    row.linear(layer, x.data(), m, y.data());
+    return y;
+  };
+  const auto x = normals(m * in, 5);
+  Pool::get().resize(1);
+  const auto one = product(x);
+  Pool::get().resize(2);
+  expect(one == product(x), where + " linear depends on the threads");
+  layer.out = out;
+  for (const float scale : {1e-20f, 1e30f}) {
+    auto far = x;
+    for (float& v : far) v *= scale;
+    far[5] *= 100;
+    expect(error(f, layer, far.data(), m, product(far).data(), 0, out) < 3e-3, where + " linear of extreme x");
+  }
+  for (const float bad : {NAN, INFINITY}) {
+    auto spoilt = x;
+    spoilt[static_cast<size_t>(in + 3)] = bad;
+    const auto y = product(spoilt);
+    bool right = true;
+    for (size_t i = 0; i < y.size(); ++i) right &= std::isfinite(y[i]) != (i / static_cast<size_t>(out) == 1);
+    expect(right, where + " linear keeps NaN in its row");
+  }
+  const auto zero = product(std::vector<float>(static_cast<size_t>(m * in)));
+  expect(std::count(zero.begin(), zero.end(), 0.0f) == m * out, where + " linear of zero");
+}
+
 void check(const Format& f, const Row& row, Isa isa) {
   const std::string where = f.name + " " + isa_name(isa);
+  if (row.linear) check_extremes(f, row, where);
   for (const int64_t tiles_out : {1, 3, 17})
     for (const int64_t tiles_in : {1, 2, 5, 12, 33})
       for (const size_t shift : {0, 1, 7}) {
         const int64_t out = tiles_out * f.tile.rows, in = tiles_in * f.tile.cols;
         const Weights weights(f, out, in, 1, false, shift);
-        const Layer& layer = weights.layers[0];
+        Layer layer = weights.layers[0];
         const auto size = static_cast<size_t>(out * in);
-        std::vector<float> w(size), fast(size, NAN);
-        std::vector<uint16_t> half(size, 0xFFFF);
+        const auto tiles = static_cast<size_t>(tiles_out * tiles_in);
+        const Guarded codes(layer.codes, tiles * static_cast<size_t>(f.tile.bytes));
+        const Guarded first(layer.params[0], (f.tables ? 64 : tiles) * 4);
+        const Guarded last(layer.params.back(), (f.tables ? 16 : tiles) * 4);
+        if (shift == 0) {  // otherwise what follows the codes is readable, and they are not aligned
+          layer.codes = codes.as<uint8_t>();
+          layer.params.front() = first.as<float>();
+          layer.params.back() = last.as<float>();
+        }
+        std::vector<float> w(size, NAN);
+        const Guarded fast_copy(w.data(), size * 4), half_copy(w.data(), size * 2);
+        float* fast = fast_copy.as<float>();
+        uint16_t* half = half_copy.as<uint16_t>();
         f.decode(layer, 0, out, w.data());
         const int64_t middle = tiles_out / 2 * f.tile.rows;
         if (row.decode) {
-          row.decode(layer, 0, middle, fast.data());
-          row.decode(layer, middle, out, fast.data() + middle * in);
-          expect(!std::memcmp(w.data(), fast.data(), size * 4), where + " decode");
+          row.decode(layer, 0, middle, fast);
+          row.decode(layer, middle, out, fast + middle * in);
+          expect(!std::memcmp(w.data(), fast, size * 4), where + " decode");
         }
         if (row.decode_bf16) {
-          row.decode_bf16(layer, 0, middle, half.data());
-          row.decode_bf16(layer, middle, out, half.data() + middle * in);
+          row.decode_bf16(layer, 0, middle, half);
+          row.decode_bf16(layer, middle, out, half + middle * in);
           size_t wrong = 0;
           for (size_t i = 0; i < size; ++i) wrong += half[i] != to_bf16(w[i]);
           expect(!wrong, where + " decode_bf16");
         }
         if (row.linear)
           for (int64_t m = 1; m <= row.linear_max_m; ++m) {
-            const auto x = normals(m * in, 5);
-            std::vector<float> y(static_cast<size_t>(m * out), NAN);
-            row.linear(layer, x.data(), m, y.data());
-            const double e = error(f, layer, x.data(), m, y.data(), 0, out);
+            const Guarded x(normals(m * in, 5).data(), static_cast<size_t>(m * in) * 4);
+            const std::vector<float> unset(static_cast<size_t>(m * out), NAN);
+            const Guarded y(unset.data(), unset.size() * 4);
+            row.linear(layer, x.as<float>(), m, y.as<float>());
+            const double e = error(f, layer, x.as<float>(), m, y.as<float>(), 0, out);
             expect(e < 3e-3, where + " linear " + std::to_string(in) + " m " + std::to_string(m) + ": " + std::to_string(e));
           }
       }
@@ -234,6 +305,7 @@ void print(const std::string& what, Time t, double weights, double bytes, const 
 }
 
 void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
+  in = round_up(in, f.tile.cols);
   Row row;
   row.tile = f.tile;
   f.fast(row, isa);

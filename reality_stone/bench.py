@@ -126,6 +126,8 @@ def random_packed(codec: Codec, shape: tuple[int, int], seed: int = 0) -> Packed
             params[p.name] = _repeat(params[p.name], p.sizes)
     packed = Packed(codec, shape, codes, params)
     packed.check()
+    for tensor in (codes, *params.values()):
+        ops.huge_pages(tensor)
     return packed
 
 

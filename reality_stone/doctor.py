@@ -145,7 +145,7 @@ def _isa_notes() -> list[str]:
 
 
 def _best_isa() -> str:
-    return ops._C.best_isa() if ops.compiled() else ops.isa()
+    return ops.best_isa()
 
 
 def _devices() -> list[str]:

@@ -259,6 +259,18 @@ def isa() -> str:
     return _C.isa() if compiled() else "reference"
 
 
+def best_isa() -> str:
+    """The highest instruction set this processor has for the kernels."""
+    return _C.best_isa() if compiled() else "reference"
+
+
+def huge_pages(tensor: Tensor) -> Tensor:
+    """Ask the system for 2 MB pages under a large CPU tensor, in place; products stream it faster."""
+    if compiled() and tensor.device.type == "cpu" and tensor.nbytes >= 2 << 20:
+        _C.huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def describe(codec: str, shape: Sequence[int]) -> list[dict]:
     """Tile, params and kernels of each term of a codec in the compiled library."""
     return _C.describe(codec, *shape) if compiled() else []

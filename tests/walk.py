@@ -71,6 +71,11 @@ FEW = [c for name in NAMES for c in few(name)]
 DEFAULTS = [REGISTRY[name]() for name in NAMES]
 
 
+def one_term(codec: Codec) -> bool:
+    """Whether the codec is more than a sum of others."""
+    return len(ops.describe(codec.spec, (16, 32))) == 1
+
+
 def spec(value) -> str | None:
     """A test's id."""
     return value.spec.replace(" ", "") if isinstance(value, Codec) else None

@@ -17,14 +17,19 @@ struct Fit {
   float scale = 0, zero = 0;
 };
 
-// One group with its column importance, padded to whole lanes with importance 0.
+// One group with its column importance, padded to whole lanes with importance 0. Weights near the ends
+// of float32 are held times 2^-exponent, so that their squares are numbers too.
 struct Group {
   std::vector<float> w, h;
+  int exponent = 0;
 
   void load(const float* weights, const float* importance, int64_t n) {
     w.assign(static_cast<size_t>(round_up(n, kLanes)), 0.0f);
     h.assign(w.size(), 0.0f);
-    std::copy(weights, weights + n, w.begin());
+    float peak = 0;
+    for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::abs(weights[i]));
+    exponent = peak == 0 || (peak > 1e-12f && peak < 1e12f) ? 0 : std::ilogb(peak);
+    for (int64_t i = 0; i < n; ++i) w[static_cast<size_t>(i)] = exponent ? std::ldexp(weights[i], -exponent) : weights[i];
     if (importance) std::copy(importance, importance + n, h.begin());
     else std::fill(h.begin(), h.begin() + n, 1.0f);
   }
@@ -149,7 +154,7 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
     group.load(w + t / layer.tile_cols() * layer.in + col,
                options.importance ? options.importance + col : nullptr, n);
     const Fit fit = fit_group(group, n, Bits, Symmetric);
-    params[Codec::kScale][t] = fit.scale;
+    params[Codec::kScale][t] = std::ldexp(fit.scale, group.exponent);
     if constexpr (!Symmetric) params[Codec::kZero][t] = fit.zero;
     uint8_t* tile = codes + t * layer.tile.bytes;
     for (int64_t j = 0; j < n; ++j) {

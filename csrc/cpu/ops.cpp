@@ -10,6 +10,7 @@
 
 #include "../bind.h"
 #include "../codecs/trellis.h"
+#include "clones.h"
 #include "frame.h"
 #include "isa.h"
 #include "parallel.h"
@@ -86,7 +87,12 @@ struct Panels {
 
   Panels(const Row& row, const Layer& layer, int64_t elements, bool half)
       : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
-    buffer = at::empty({rows, layer.in}, half && row.decode_bf16 ? at::kBFloat16 : at::kFloat);
+    const auto type = half && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
+    // Kept by the thread: fresh pages for every call cost as much as decoding into them.
+    thread_local at::Tensor kept[2];
+    at::Tensor& pages = kept[type == at::kFloat];
+    if (!pages.defined() || pages.numel() < rows * layer.in) pages = at::empty({rows * layer.in}, type);
+    buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
   }
   at::ScalarType type() const { return buffer.scalar_type(); }
   template <class Visit>
@@ -100,8 +106,12 @@ struct Panels {
   }
 };
 
-// Panels of a product stay in the second-level cache for small batches; large batches amortise them.
-int64_t panel_elements(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 22; }
+// Weights per panel. A product's panels stay in the second-level cache. The gradient to the input is
+// a sum over panels, so there larger ones save passes over the sum (16 MB of bfloat16).
+int64_t product_panel(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 21; }
+int64_t input_gradient_panel(int64_t batch) {
+  return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
+}
 
 at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x) {
   const int64_t m = x.size(0);
@@ -110,7 +120,7 @@ at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x)
     row.linear(layer, x.data_ptr<float>(), m, y.data_ptr<float>());
     return y;
   }
-  Panels panels(row, layer, panel_elements(m), bf16_panels());
+  Panels panels(row, layer, product_panel(m), bf16_panels());
   const at::Tensor cast = x.to(panels.type());
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
     y.narrow(1, r, n).copy_(at::mm(cast, panel.t()));
@@ -119,7 +129,7 @@ at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x)
 }
 
 at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor& grad) {
-  Panels panels(row, layer, int64_t{1} << 23, bf16_panels());
+  Panels panels(row, layer, input_gradient_panel(grad.size(0)), bf16_panels());
   const at::Tensor cast = grad.to(panels.type());
   at::Tensor dx = at::zeros({grad.size(0), layer.in});
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) { dx.add_(at::mm(cast.narrow(1, r, n), panel)); });
@@ -233,6 +243,25 @@ struct BlockGrads {
   }
 };
 
+// One row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into dLoss/dp, returns dLoss/dso.
+RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si, float* dsi) {
+  constexpr int64_t kLanes = 16;  // partial sums in a fixed order, whatever the vector width
+  float lanes[kLanes] = {};
+  auto one = [&](int64_t j, int64_t lane) {
+    const float scale = si ? si[j] : 1.0f, product = p[j] * d[j];
+    lanes[lane] += product * scale;
+    if (dsi) dsi[j] += product * so;
+    d[j] *= so * scale;
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) one(j + lane, lane);
+  for (; j < n; ++j) one(j, j % kLanes);
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
 // dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's params.
 //   W = out_scale * P * in_scale with P = H_out T H_in
 void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows, float* dw,
@@ -248,18 +277,9 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
     row.decode(layer, r, r + rows, block);
     rotate(block);
     for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
-      const float* p = block + i * in;
-      float* d = dw + i * in;
-      const float so = out_scale ? out_scale[r + i] : 1.0f;
-      float lanes[16] = {};
-      for (int64_t j = 0; j < shape.in; ++j) {
-        const float si = in_scale ? in_scale[j] : 1.0f, product = p[j] * d[j];
-        lanes[j % 16] += product * si;
-        if (in_scale) grads.pointers[row.in_scale][j] += product * so;
-        d[j] *= so * si;
-      }
-      if (out_scale)
-        for (float lane : lanes) grads.pointers[row.out_scale][r + i] += lane;
+      const float sum = scale_gradients(block + i * in, dw + i * in, shape.in, out_scale ? out_scale[r + i] : 1.0f,
+                                        in_scale, in_scale ? grads.pointers[row.in_scale] : nullptr);
+      if (out_scale) grads.pointers[row.out_scale][r + i] += sum;
     }
   }
   rotate(dw);

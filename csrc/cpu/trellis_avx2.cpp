@@ -184,7 +184,8 @@ void product(const Layer& layer, const BytePlanes& tables, float unit, const Tre
     for (int b = 0; b < B; ++b)
       for (int i = 0; i < 2; ++i)
         if (b < m)
-          _mm256_storeu_ps(y + b * layer.out + tr * 16 + 8 * i, _mm256_mul_ps(total[b][i], _mm256_set1_ps(unit)));
+          _mm256_storeu_ps(y + b * layer.out + tr * 16 + 8 * i,
+                           _mm256_mul_ps(total[b][i], _mm256_set1_ps(unit)));
   }
 }
 

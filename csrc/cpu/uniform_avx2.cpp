@@ -141,7 +141,8 @@ void rows(const Product& p, int64_t row, int64_t end) {
         const __m256 z = zero ? _mm256_loadu_ps(zero + g) : middle;
         const __m256 offset = _mm256_mul_ps(_mm256_loadu_ps(scale + g), z);
         for (int b = 0; b < B; ++b)
-          total[r][b] = _mm256_fnmadd_ps(offset, _mm256_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
+          total[r][b] =
+              _mm256_fnmadd_ps(offset, _mm256_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
       } else {
         for (int64_t i = g; i < n; ++i)
           for (int b = 0; b < B; ++b)

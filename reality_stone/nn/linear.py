@@ -132,9 +132,9 @@ class RBELinear(nn.Module):
                 f"got {packed.codec.spec} of shape {tuple(packed.shape)}"
             )
         with torch.no_grad():
-            self.codes.copy_(packed.codes)
+            ops.huge_pages(self.codes.copy_(packed.codes))
             for name, value in packed.params.items():
-                getattr(self, name).copy_(value)
+                ops.huge_pages(getattr(self, name).copy_(value))
 
     @property
     def bits_per_weight(self) -> float:
