@@ -54,7 +54,8 @@ $(INSTALLED): pyproject.toml
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@if [ ! -e $@ ] || [ -n "$$(find $(SOURCES) -newer $@)" ]; then \
 	  echo "compiling what has changed"; \
-	  $(PY) setup.py --quiet build_ext --inplace --force; \
+	  $(PY) setup.py --quiet build_ext --inplace --force > $(VENV)/build.log 2>&1 || \
+	    { cat $(VENV)/build.log; exit 1; }; \
 	fi
 	@touch $@
 

@@ -302,7 +302,7 @@ def machine() -> dict[str, str]:
         "Memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
         "System": platform.platform(terse=True),
         "Python, torch": f"{platform.python_version()}, {torch.__version__}",
-        "Library": f"built with {info['compiler']}" if info else "not compiled, plain torch",
+        "Library": f"compiler {info['compiler']}" if info else "not compiled, plain torch",
     }
 
 
@@ -412,8 +412,9 @@ class _Frame:
             for (x, y), (_, value) in zip(points, s.points, strict=True):
                 end = "end" if x > self.WIDTH - 70 else "start"
                 shift = -8 if end == "end" else 8
+                side = 18 if index % 2 else -8  # every other series writes below its points
                 drawn += (
-                    f'<text x="{x + shift:.1f}" y="{y - 8:.1f}" text-anchor={end}>'
+                    f'<text x="{x + shift:.1f}" y="{y + side:.1f}" text-anchor={end}>'
                     f"{value:.4g}</text>"
                 )
         return f"<g class=s{index}>{drawn}</g>"
