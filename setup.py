@@ -1,4 +1,4 @@
-"""Builds reality_stone._C: every .cpp under csrc, and the CUDA sources when torch has CUDA and nvcc is there."""
+"""Builds reality_stone._C from csrc; csrc/cuda joins where torch has CUDA and nvcc is there."""
 
 import os
 import pathlib
@@ -27,7 +27,15 @@ def extension():
         ("RS_COMPILER", "__VERSION__"),
     ]
     # No multiply-add contraction: decode is bit-exact on every instruction set.
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-g0",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
     # at::parallel_for is serial in code compiled without OpenMP; torch brings the runtime.
     flags += ["-fopenmp"]
     flags += os.environ.get("REALITY_STONE_CXXFLAGS", "").split()

@@ -1,11 +1,12 @@
 // Times and checks the fast CPU slots without torch.
 //
-//   g++ -O3 -std=c++20 -ffp-contract=off -pthread benchmarks/kernels.cpp csrc/cpu/{trellis,uniform}_avx*.cpp -o kernels
+//   g++ -O3 -std=c++20 -ffp-contract=off -pthread benchmarks/kernels.cpp
+//   csrc/cpu/{trellis,uniform}_avx*.cpp -o kernels
 //   ./kernels [substring of a format's name [out in [warm]]]
 //
-// Weights rotate over copies beyond three times a 32 MB cache, so they come from memory. `plain` codes
-// lie in ordinary pages, `huge` in huge ones. Checks: the product against float64 over decode_loop's
-// weights, decode bit by bit, on odd shapes and unaligned codes.
+// Weights rotate over copies beyond three times a 32 MB cache, so they come from memory. `plain`
+// codes lie in ordinary pages, `huge` in huge ones. Checks: the product against float64 over
+// decode_loop's weights, decode bit by bit, on odd shapes and unaligned codes.
 #include <sys/mman.h>
 
 #include <chrono>
@@ -13,8 +14,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <ctime>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -42,17 +43,20 @@ struct Random {
   }
   double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
   float normal() {
-    return static_cast<float>(std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307 * uniform()));
+    return static_cast<float>(std::sqrt(-2 * std::log(1 - uniform())) *
+                              std::cos(6.283185307 * uniform()));
   }
 };
 
 class Pages {
  public:
   Pages(size_t bytes, bool huge) : bytes_((bytes + (size_t{2} << 20)) & ~((size_t{2} << 20) - 1)) {
-    void* p = mmap(nullptr, bytes_ + (size_t{2} << 20), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* p = mmap(nullptr, bytes_ + (size_t{2} << 20), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     base_ = p;
-    data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + (2 << 20) - 1) & ~uintptr_t{(2 << 20) - 1});
+    data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + (2 << 20) - 1) &
+                                       ~uintptr_t{(2 << 20) - 1});
     madvise(data_, bytes_, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   }
   ~Pages() { munmap(base_, bytes_ + (size_t{2} << 20)); }
@@ -101,15 +105,23 @@ struct Format {
 
 template <int K>
 Format trellis() {
-  return {"trellis" + std::to_string(K / 2) + (K % 2 ? ".5" : ""), {16, 16, 16 * K}, K / 2.0, true, false,
-          decode_loop<Trellis<K>>, [](Row& row, Isa isa) { trellis_fast_slots(row, K, isa); }};
+  return {"trellis" + std::to_string(K / 2) + (K % 2 ? ".5" : ""),
+          {16, 16, 16 * K},
+          K / 2.0,
+          true,
+          false,
+          decode_loop<Trellis<K>>,
+          [](Row& row, Isa isa) { trellis_fast_slots(row, K, isa); }};
 }
 
 template <int Bits, bool Symmetric>
 Format uniform(int64_t group) {
   return {"uniform" + std::to_string(Bits) + (Symmetric ? "s" : "z") + std::to_string(group),
-          {1, group, (group * Bits + 7) / 8}, Bits + (Symmetric ? 32.0 : 64.0) / static_cast<double>(group),
-          false, !Symmetric, decode_loop<Uniform<Bits, Symmetric>>,
+          {1, group, (group * Bits + 7) / 8},
+          Bits + (Symmetric ? 32.0 : 64.0) / static_cast<double>(group),
+          false,
+          !Symmetric,
+          decode_loop<Uniform<Bits, Symmetric>>,
           [group](Row& row, Isa isa) { uniform_fast_slots(row, Bits, Symmetric, group, isa); }};
 }
 
@@ -132,12 +144,14 @@ struct Weights {
       };
       Layer layer{nullptr, out, in, f.tile, nullptr, {}};
       if (f.tables) {
-        layer.params = {floats(64, [](double i) { return std::sqrt(-2 * std::log(1 - (i + .5) / 64)); }),
-                        floats(16, [](double i) { return (i + .5) * 3.14159265358979 / 32; })};
+        layer.params = {
+            floats(64, [](double i) { return std::sqrt(-2 * std::log(1 - (i + .5) / 64)); }),
+            floats(16, [](double i) { return (i + .5) * 3.14159265358979 / 32; })};
       } else {
         layer.params = {floats(tiles, [&](double) { return .01 + .02 * random.uniform(); })};
         const double middle = std::exp2(std::floor(f.bits) - 1);
-        if (f.zeros) layer.params.push_back(floats(tiles, [&](double) { return middle + random.uniform(); }));
+        if (f.zeros)
+          layer.params.push_back(floats(tiles, [&](double) { return middle + random.uniform(); }));
       }
       at += shift;
       layer.codes = at;
@@ -150,7 +164,8 @@ struct Weights {
   }
   static size_t size(const Format& f, int64_t out, int64_t in) {
     const int64_t tiles = out / f.tile.rows * (in / f.tile.cols);
-    return static_cast<size_t>(tiles * f.tile.bytes + (f.tables ? 320 : tiles * (f.zeros ? 8 : 4)) + 128);
+    return static_cast<size_t>(tiles * f.tile.bytes + (f.tables ? 320 : tiles * (f.zeros ? 8 : 4)) +
+                               128);
   }
 };
 
@@ -162,7 +177,8 @@ std::vector<float> normals(int64_t n, uint64_t seed) {
 }
 
 // Relative error of y against float64 on the rows of T decoded from row0 on.
-double error(const Format& f, const Layer& layer, const float* x, int64_t m, const float* y, int64_t row0, int64_t row1) {
+double error(const Format& f, const Layer& layer, const float* x, int64_t m, const float* y,
+             int64_t row0, int64_t row1) {
   std::vector<float> w(static_cast<size_t>((row1 - row0) * layer.in));
   f.decode(layer, row0, row1, w.data());
   double wrong = 0, norm = 0;
@@ -170,7 +186,8 @@ double error(const Format& f, const Layer& layer, const float* x, int64_t m, con
     for (int64_t r = row0; r < row1; ++r) {
       double sum = 0;
       for (int64_t c = 0; c < layer.in; ++c)
-        sum += static_cast<double>(w[static_cast<size_t>((r - row0) * layer.in + c)]) * x[b * layer.in + c];
+        sum += static_cast<double>(w[static_cast<size_t>((r - row0) * layer.in + c)]) *
+               x[b * layer.in + c];
       const double d = sum - y[b * layer.out + r];
       wrong += d * d, norm += sum * sum;
     }
@@ -210,14 +227,16 @@ void check_extremes(const Format& f, const Row& row, const std::string& where) {
     auto far = x;
     for (float& v : far) v *= scale;
     far[5] *= 100;
-    expect(error(f, layer, far.data(), m, product(far).data(), 0, out) < 3e-3, where + " linear of extreme x");
+    expect(error(f, layer, far.data(), m, product(far).data(), 0, out) < 3e-3,
+           where + " linear of extreme x");
   }
   for (const float bad : {NAN, INFINITY}) {
     auto spoilt = x;
     spoilt[static_cast<size_t>(in + 3)] = bad;
     const auto y = product(spoilt);
     bool right = true;
-    for (size_t i = 0; i < y.size(); ++i) right &= std::isfinite(y[i]) != (i / static_cast<size_t>(out) == 1);
+    for (size_t i = 0; i < y.size(); ++i)
+      right &= std::isfinite(y[i]) != (i / static_cast<size_t>(out) == 1);
     expect(right, where + " linear keeps NaN in its row");
   }
   const auto zero = product(std::vector<float>(static_cast<size_t>(m * in)));
@@ -268,13 +287,14 @@ void check(const Format& f, const Row& row, Isa isa) {
             const Guarded y(unset.data(), unset.size() * 4);
             row.linear(layer, x.as<float>(), m, y.as<float>());
             const double e = error(f, layer, x.as<float>(), m, y.as<float>(), 0, out);
-            expect(e < 3e-3, where + " linear " + std::to_string(in) + " m " + std::to_string(m) + ": " + std::to_string(e));
+            expect(e < 3e-3, where + " linear " + std::to_string(in) + " m " + std::to_string(m) +
+                                 ": " + std::to_string(e));
           }
       }
 }
 
-// Milliseconds: least and median of `repeats`, and the least this thread had the processor for, which
-// other programs disturb less.
+// Milliseconds: least and median of `repeats`, and the least this thread had the processor for,
+// which other programs disturb less.
 struct Time {
   double least, median, busy;
 };
@@ -292,15 +312,18 @@ Time measure(int repeats, F&& f) {
     const double busy_before = busy_ms();
     f(static_cast<size_t>(r));
     busy = std::min(busy, busy_ms() - busy_before);
-    ms.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    ms.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+                     .count());
   }
   std::sort(ms.begin(), ms.end());
   return {ms.front(), ms[ms.size() / 2], busy};
 }
 
-void print(const std::string& what, Time t, double weights, double bytes, const std::string& more = "") {
-  std::printf("%-44s %7.3f ms least %7.3f median %7.3f busy %7.2f Gw/s %6.1f GB/s %s\n", what.c_str(), t.least,
-              t.median, t.busy, weights / t.least / 1e6, bytes / t.least / 1e6, more.c_str());
+void print(const std::string& what, Time t, double weights, double bytes,
+           const std::string& more = "") {
+  std::printf("%-44s %7.3f ms least %7.3f median %7.3f busy %7.2f Gw/s %6.1f GB/s %s\n",
+              what.c_str(), t.least, t.median, t.busy, weights / t.least / 1e6,
+              bytes / t.least / 1e6, more.c_str());
   std::fflush(stdout);
 }
 
@@ -322,12 +345,17 @@ void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
           Pool::get().resize(threads);
           const auto x = normals(m * in, 5);
           std::vector<float> y(static_cast<size_t>(m * out));
-          const auto run = [&](size_t r) { row.linear(data.layers[r % copies], x.data(), m, y.data()); };
+          const auto run = [&](size_t r) {
+            row.linear(data.layers[r % copies], x.data(), m, y.data());
+          };
           const Time t = measure(40, run);
           run(0);
           char note[32];
-          std::snprintf(note, sizeof note, "error %.1e", error(f, data.layers[0], x.data(), m, y.data(), out - 64, out));
-          print(f.name + " " + isa_name(isa) + pages + std::to_string(threads) + "t m=" + std::to_string(m), t, weights, bytes, note);
+          std::snprintf(note, sizeof note, "error %.1e",
+                        error(f, data.layers[0], x.data(), m, y.data(), out - 64, out));
+          print(f.name + " " + isa_name(isa) + pages + std::to_string(threads) +
+                    "t m=" + std::to_string(m),
+                t, weights, bytes, note);
         }
     if (!huge) continue;
     constexpr int64_t kPanel = 64;
@@ -335,19 +363,22 @@ void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
     float* w = reinterpret_cast<float*>(panel.data());
     const auto panels = [&](auto decode, auto* to) {
       return measure(10, [&](size_t r) {
-        for (int64_t i = 0; i < out / 4; i += kPanel) decode(data.layers[r % copies], i, i + kPanel, to);
+        for (int64_t i = 0; i < out / 4; i += kPanel)
+          decode(data.layers[r % copies], i, i + kPanel, to);
       });
     };
     const std::string who = f.name + " " + isa_name(isa);
     if (row.decode) print(who + " decode 1t", panels(row.decode, w), weights / 4, bytes / 4);
     if (row.decode_bf16)
-      print(who + " decode_bf16 1t", panels(row.decode_bf16, reinterpret_cast<uint16_t*>(w)), weights / 4, bytes / 4);
+      print(who + " decode_bf16 1t", panels(row.decode_bf16, reinterpret_cast<uint16_t*>(w)),
+            weights / 4, bytes / 4);
   }
 }
 
 // Plain float32 product, for scale.
-__attribute__((target("avx2,fma"), optimize("fast-math"))) void
-gemv(const float* w, int64_t in, const float* x, float* y, int64_t begin, int64_t end) {
+__attribute__((target("avx2,fma"), optimize("fast-math"))) void gemv(const float* w, int64_t in,
+                                                                     const float* x, float* y,
+                                                                     int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     float sum[32] = {};
     for (int64_t c = 0; c < in; c += 32)
@@ -369,7 +400,8 @@ void time_float(int64_t out, int64_t in) {
     const Time t = measure(10, [&](size_t) {
       parallel_for(out, 1, [&](int64_t b, int64_t e) { gemv(w, in, x.data(), y.data(), b, e); });
     });
-    print("float32 huge " + std::to_string(threads) + "t m=1", t, static_cast<double>(out * in), static_cast<double>(out * in * 4));
+    print("float32 huge " + std::to_string(threads) + "t m=1", t, static_cast<double>(out * in),
+          static_cast<double>(out * in * 4));
   }
 }
 
@@ -377,13 +409,16 @@ void time_float(int64_t out, int64_t in) {
 
 int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "";
-  const int64_t out = argc > 3 ? std::atoll(argv[2]) : 14336, in = argc > 3 ? std::atoll(argv[3]) : 4096;
+  const int64_t out = argc > 3 ? std::atoll(argv[2]) : 14336,
+                in = argc > 3 ? std::atoll(argv[3]) : 4096;
   warm = argc > 4;
   const std::vector<Format> formats = {
-      trellis<4>(), trellis<3>(), trellis<5>(), trellis<6>(), trellis<7>(), trellis<8>(),
-      uniform<4, true>(64), uniform<4, false>(64), uniform<8, true>(64), uniform<8, false>(64), uniform<4, true>(128),
-      uniform<2, true>(64), uniform<3, false>(64), uniform<4, true>(32), uniform<8, true>(32), uniform<4, false>(96),
-      uniform<8, false>(160), uniform<5, true>(128), uniform<6, false>(32), uniform<7, true>(64), uniform<4, true>(33)};
+      trellis<4>(),           trellis<3>(),          trellis<5>(),          trellis<6>(),
+      trellis<7>(),           trellis<8>(),          uniform<4, true>(64),  uniform<4, false>(64),
+      uniform<8, true>(64),   uniform<8, false>(64), uniform<4, true>(128), uniform<2, true>(64),
+      uniform<3, false>(64),  uniform<4, true>(32),  uniform<8, true>(32),  uniform<4, false>(96),
+      uniform<8, false>(160), uniform<5, true>(128), uniform<6, false>(32), uniform<7, true>(64),
+      uniform<4, true>(33)};
   if (wanted.empty()) time_float(out, in);
   for (const Format& f : formats)
     if (f.name.find(wanted) != std::string::npos)

@@ -1,5 +1,5 @@
-// What the library otherwise provides, for programs without torch: a thread pool behind parallel_for
-// and the instruction sets of this processor.
+// What the library otherwise provides, for programs without torch: a thread pool behind
+// parallel_for and the instruction sets of this processor.
 #pragma once
 
 #include <atomic>
@@ -76,7 +76,8 @@ class Pool {
   std::atomic<bool> stop_ = false;
 };
 
-void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                      void* context) {
   Pool::get().run(n, grain, body, context);
 }
 

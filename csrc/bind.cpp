@@ -17,7 +17,8 @@ std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, 
   if (!entry) {
     if (cache.size() > 4096) cache = {};  // specs come from files: keep a bound
     try {
-      auto terms = std::make_shared<const std::vector<Term>>(resolve(Spec::parse({codec.data(), codec.size()}), shape));
+      auto terms = std::make_shared<const std::vector<Term>>(
+          resolve(Spec::parse({codec.data(), codec.size()}), shape));
       cache[key] = terms;
       return terms;
     } catch (const std::invalid_argument& error) {
@@ -29,31 +30,34 @@ std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, 
 }
 
 Shape check_shape(c10::string_view codec, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0 && shape[0] < (int64_t{1} << 40) &&
-                        shape[1] < (int64_t{1} << 40),
+  TORCH_CHECK_VALUE(shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0 &&
+                        shape[0] < (int64_t{1} << 40) && shape[1] < (int64_t{1} << 40),
                     codec, ": shape must be [out_features, in_features], got ", shape);
   return {shape[0], shape[1]};
 }
 
 namespace {
 
-void check_codes_tensor(const at::Tensor& codes, const Tile& tile, int64_t out, int64_t in, c10::string_view codec,
-                        const char* name) {
-  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, codec, ": ", name, " must be uint8, got ", codes.scalar_type());
+void check_codes_tensor(const at::Tensor& codes, const Tile& tile, int64_t out, int64_t in,
+                        c10::string_view codec, const char* name) {
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, codec, ": ", name, " must be uint8, got ",
+                   codes.scalar_type());
   const std::vector<int64_t> wanted{out / tile.rows, in / tile.cols, tile.bytes};
-  TORCH_CHECK_VALUE(codes.sizes() == at::IntArrayRef(wanted), codec, ": ", name, " must have shape ",
-                    at::IntArrayRef(wanted), ", got ", codes.sizes());
+  TORCH_CHECK_VALUE(codes.sizes() == at::IntArrayRef(wanted), codec, ": ", name,
+                    " must have shape ", at::IntArrayRef(wanted), ", got ", codes.sizes());
 }
 
 }  // namespace
 
-Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
+Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                  at::IntArrayRef sizes) {
   Bound bound;
   bound.shape = check_shape(codec, sizes);
   bound.terms = resolve_cached(codec, bound.shape);
   size_t expected = 0;
   for (const Term& term : *bound.terms) expected = term.first_param + term.row.params.size();
-  TORCH_CHECK_VALUE(params.size() == expected, codec, ": expected ", expected, " params, got ", params.size());
+  TORCH_CHECK_VALUE(params.size() == expected, codec, ": expected ", expected, " params, got ",
+                    params.size());
   bound.alive.reserve(2 * expected + 2);
   for (const Term& term : *bound.terms) {
     const Row& row = term.row;
@@ -63,19 +67,23 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
     layer.out = round_up(bound.shape.out, row.tile.rows);
     layer.in = round_up(bound.shape.in, row.tile.cols);
     const at::Tensor& own = term.codes_param < 0 ? codes : params[term.codes_param];
-    check_codes_tensor(own, row.tile, layer.out, layer.in, codec, term.codes_param < 0 ? "codes" : "rest_codes");
-    TORCH_CHECK_VALUE(own.device() == codes.device(), codec, ": codes and rest_codes are on different devices");
+    check_codes_tensor(own, row.tile, layer.out, layer.in, codec,
+                       term.codes_param < 0 ? "codes" : "rest_codes");
+    TORCH_CHECK_VALUE(own.device() == codes.device(), codec,
+                      ": codes and rest_codes are on different devices");
     bound.alive.push_back(own.contiguous());
     layer.codes = bound.alive.back().data_ptr<uint8_t>();
     for (size_t i = 0; i < row.params.size(); ++i) {
       const at::Tensor& param = params[term.first_param + i];
       const ParamSpec& wanted = row.params[i];
-      TORCH_CHECK_TYPE(param.scalar_type() == at::kFloat, codec, ": param ", term.prefix, wanted.name,
-                       " must be float32, got ", param.scalar_type());
-      TORCH_CHECK_VALUE(param.sizes() == at::IntArrayRef(wanted.sizes), codec, ": param ", term.prefix, wanted.name,
-                        " must have shape ", at::IntArrayRef(wanted.sizes), ", got ", param.sizes());
-      TORCH_CHECK_VALUE(param.device() == codes.device(), codec, ": param ", term.prefix, wanted.name, " is on ",
-                        param.device(), " but the codes are on ", codes.device());
+      TORCH_CHECK_TYPE(param.scalar_type() == at::kFloat, codec, ": param ", term.prefix,
+                       wanted.name, " must be float32, got ", param.scalar_type());
+      TORCH_CHECK_VALUE(param.sizes() == at::IntArrayRef(wanted.sizes), codec, ": param ",
+                        term.prefix, wanted.name, " must have shape ",
+                        at::IntArrayRef(wanted.sizes), ", got ", param.sizes());
+      TORCH_CHECK_VALUE(param.device() == codes.device(), codec, ": param ", term.prefix,
+                        wanted.name, " is on ", param.device(), " but the codes are on ",
+                        codes.device());
       bound.alive.push_back(param.contiguous());
       layer.params.push_back(bound.alive.back().data_ptr<float>());
     }
@@ -84,11 +92,14 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
   return bound;
 }
 
-void check_activation(const char* name, const at::Tensor& x, int64_t features, c10::string_view codec) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
-                   codec, ": ", name, " must be float32, float16 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, codec, ": ", name, " must end in ", features,
-                    " features, got shape ", x.sizes());
+void check_activation(const char* name, const at::Tensor& x, int64_t features,
+                      c10::string_view codec) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
+                       x.scalar_type() == at::kBFloat16,
+                   codec, ": ", name, " must be float32, float16 or bfloat16, got ",
+                   x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, codec, ": ", name, " must end in ",
+                    features, " features, got shape ", x.sizes());
 }
 
 }  // namespace rs

@@ -22,8 +22,10 @@ struct Bound {
 };
 
 Shape check_shape(c10::string_view codec, at::IntArrayRef shape);
-Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
+Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                  at::IntArrayRef shape);
 // x must be float32, float16 or bfloat16 with `features` as its last size.
-void check_activation(const char* name, const at::Tensor& x, int64_t features, c10::string_view codec);
+void check_activation(const char* name, const at::Tensor& x, int64_t features,
+                      c10::string_view codec);
 
 }  // namespace rs

@@ -41,8 +41,8 @@ struct ParamSpec {
   bool codes = false;  // uint8 codes of a second term, never trained; all others are float32
 };
 
-// A term bound to data. `params` follows Row::params; uint8 params are reinterpreted by their codec.
-// All pointers are contiguous. out and in are the padded sizes: multiples of the tile.
+// A term bound to data. `params` follows Row::params; uint8 params are reinterpreted by their
+// codec. All pointers are contiguous. out and in are the padded sizes: multiples of the tile.
 struct Layer {
   const Spec* spec;
   int64_t out, in;
@@ -54,7 +54,8 @@ struct Layer {
   int64_t tile_cols() const { return in / tile.cols; }
 };
 
-// What an encoder may use beside the weight. `importance` is a positive weight per input column or null.
+// What an encoder may use beside the weight. `importance` is a positive weight per input column or
+// null.
 struct EncodeOptions {
   const float* importance = nullptr;
 };
@@ -82,8 +83,9 @@ struct Row {
   void (*linear)(const Layer&, const float* x, int64_t m, float* y) = nullptr;
   int64_t linear_max_m = 0;
   const char* linear_type = "float32";
-  // Codes of tiles [tile0, tile1) of T (tile = row * tile_cols + col) for the target w[out * in], and
-  // the params the codec fits per tile (others are read from layer.params). Codes come in zeroed.
+  // Codes of tiles [tile0, tile1) of T (tile = row * tile_cols + col) for the target w[out * in],
+  // and the params the codec fits per tile (others are read from layer.params). Codes come in
+  // zeroed.
   void (*encode)(const Layer&, const float* w, const EncodeOptions&, int64_t tile0, int64_t tile1,
                  uint8_t* codes, float* const* params) = nullptr;
   // Tiles an encode call should get at once (a multiple keeps vector lanes full).
@@ -113,8 +115,8 @@ inline int64_t hadamard_block(int64_t n) {
   return block;
 }
 
-// The terms of a codec for a weight of this shape. Throws std::invalid_argument in one sentence when
-// the spec names no codec or a setting outside its range.
+// The terms of a codec for a weight of this shape. Throws std::invalid_argument in one sentence
+// when the spec names no codec or a setting outside its range.
 std::vector<Term> resolve(const Spec& spec, Shape shape);
 
 }  // namespace rs

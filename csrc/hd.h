@@ -61,7 +61,8 @@ RS_HD void write_bits(uint8_t* bytes, int64_t at, uint32_t value) {
   const int64_t byte = at >> 3;
   const int shift = static_cast<int>(at & 7);
   bytes[byte] = static_cast<uint8_t>(bytes[byte] | (value << shift));
-  if (shift + Bits > 8) bytes[byte + 1] = static_cast<uint8_t>(bytes[byte + 1] | (value >> (8 - shift)));
+  if (shift + Bits > 8)
+    bytes[byte + 1] = static_cast<uint8_t>(bytes[byte + 1] | (value >> (8 - shift)));
 }
 
 }  // namespace rs

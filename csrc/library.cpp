@@ -1,17 +1,26 @@
-// Schemas of the ops and their CPU kernels. Shape rules and derivatives are in reality_stone/ops.py.
+// Schemas of the ops and their CPU kernels. Shape rules and derivatives are in
+// reality_stone/ops.py.
 #include <torch/library.h>
 
 #include "cpu/ops.h"
 
 TORCH_LIBRARY(reality_stone, m) {
-  m.def("encode(Tensor weight, Tensor? importance, Tensor[] params, str codec) -> (Tensor, Tensor[])");
+  m.def(
+      "encode(Tensor weight, Tensor? importance, Tensor[] params, str codec) -> (Tensor, "
+      "Tensor[])");
   m.def("decode(Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor");
   m.def("linear(Tensor x, Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor");
-  m.def("linear_grad_input(Tensor grad, Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor");
-  m.def("linear_grad_params(Tensor grad, Tensor x, Tensor codes, Tensor[] params, str codec, int[] shape) -> Tensor[]");
+  m.def(
+      "linear_grad_input(Tensor grad, Tensor codes, Tensor[] params, str codec, int[] shape) -> "
+      "Tensor");
+  m.def(
+      "linear_grad_params(Tensor grad, Tensor x, Tensor codes, Tensor[] params, str codec, int[] "
+      "shape) -> Tensor[]");
   m.def("check_codes(Tensor codes, Tensor[] params, str codec, int[] shape) -> ()");
   m.def("hadamard(Tensor x, int block) -> Tensor");
-  m.def("trellis_encode(Tensor targets, Tensor radius, Tensor angle, float bits, str search) -> Tensor");
+  m.def(
+      "trellis_encode(Tensor targets, Tensor radius, Tensor angle, float bits, str search) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {

@@ -39,7 +39,8 @@ py::list describe(const std::string& codec, int64_t out, int64_t in) {
   for (const rs::Term& term : rs::resolve(rs::Spec::parse(codec), {out, in})) {
     const rs::Row& row = term.row;
     py::list params;
-    for (const rs::ParamSpec& p : row.params) params.append(py::make_tuple(term.prefix + p.name, axis_name(p.axis), p.sizes));
+    for (const rs::ParamSpec& p : row.params)
+      params.append(py::make_tuple(term.prefix + p.name, axis_name(p.axis), p.sizes));
     py::dict entry;
     entry["name"] = row.name;
     entry["tile"] = py::make_tuple(row.tile.rows, row.tile.cols, row.tile.bytes);
@@ -53,8 +54,9 @@ py::list describe(const std::string& codec, int64_t out, int64_t in) {
   return terms;
 }
 
-// Asks for 2 MB pages under a buffer that kernels stream: a product at batch 1 is bound by memory, and
-// small pages cost it up to a third. Best effort; the last call moves pages that are already there.
+// Asks for 2 MB pages under a buffer that kernels stream: a product at batch 1 is bound by memory,
+// and small pages cost it up to a third. Best effort; the last call moves pages that are already
+// there.
 void huge_pages(uintptr_t data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;

@@ -11,7 +11,8 @@ std::vector<Term> resolve(const Spec& spec, Shape shape) {
     return terms;
   }
   std::string known;
-  for (const CodecEntry& entry : kCodecs) known += std::string(known.empty() ? "" : ", ") + entry.name;
+  for (const CodecEntry& entry : kCodecs)
+    known += std::string(known.empty() ? "" : ", ") + entry.name;
   throw std::invalid_argument("unknown codec '" + spec.name + "', this build has " + known);
 }
 

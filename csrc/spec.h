@@ -34,12 +34,14 @@ struct Spec {
   // Every setting is one of `keys`, and given once.
   void only(std::initializer_list<std::string_view> keys) const {
     std::string known;
-    for (std::string_view key : keys) known += std::string(known.empty() ? "" : ", ") + std::string(key);
+    for (std::string_view key : keys)
+      known += std::string(known.empty() ? "" : ", ") + std::string(key);
     for (size_t i = 0; i < items.size(); ++i) {
       const std::string& key = items[i].first;
       if (std::find(keys.begin(), keys.end(), key) == keys.end())
         throw std::invalid_argument(name + ": unknown setting '" + key + "', it has " + known);
-      if (find(key) != &items[i].second) throw std::invalid_argument(name + ": " + key + " is given twice");
+      if (find(key) != &items[i].second)
+        throw std::invalid_argument(name + ": " + key + " is given twice");
     }
   }
 
@@ -74,7 +76,8 @@ struct Spec {
                                 "' cannot be read at character " + std::to_string(at));
   }
   static bool is_word(char c) {
-    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '-' || c == '+';
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '-' ||
+           c == '+';
   }
   static Spec parse_value(std::string_view text, size_t& at, int depth) {
     if (depth > 4) fail(text, at);

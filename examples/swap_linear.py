@@ -41,9 +41,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.set_num_threads(1)  # quickest for a net this small, and the same numbers every time
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 2)
-    )
+    net = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 2))
     train(net, net.parameters(), steps, lr=3e-3)
     judge("dense", net)
 

@@ -8,7 +8,7 @@ outputs of those before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +40,13 @@ class _Stop(Exception):
     """Ends a forward pass once what was asked for has been seen."""
 
 
-def calls_from(calibration: Any, batch: int, tokenizer: Any = None, context: int = 256) -> list[Call]:
+def calls_from(
+    calibration: Any, batch: int, tokenizer: Any = None, context: int = 256
+) -> list[Call]:
     """Calibration data as forward calls.
 
     Takes a tensor (cut into batches of `batch` rows), a list of tensors, tuples or keyword mappings
-    (one call each), or with a tokenizer a text or list of texts. Raises ValueError when it is empty.
+    (one call each), or with a tokenizer a text or list of texts. Raises ValueError when empty.
     """
     if tokenizer is not None and not isinstance(calibration, Tensor):
         calibration = _tokenize(calibration, tokenizer, context)
@@ -63,7 +65,9 @@ def calls_from(calibration: Any, batch: int, tokenizer: Any = None, context: int
         elif isinstance(item, Sequence):
             calls.append(Call(tuple(item)))
         else:
-            raise TypeError(f"a calibration batch is a tensor, tuple or mapping, got {type(item).__name__}")
+            raise TypeError(
+                f"a calibration batch is a tensor, tuple or mapping, got {type(item).__name__}"
+            )
     if not calls:
         raise ValueError("the calibration set is empty")
     return calls
@@ -73,19 +77,23 @@ def _tokenize(texts: str | Sequence[str], tokenizer: Any, context: int) -> Tenso
     texts = [texts] if isinstance(texts, str) else list(texts)
     ids = [i for text in texts for i in tokenizer.encode(text)]
     if len(ids) < context:
-        raise ValueError(f"the calibration set is empty: {len(ids)} tokens are less than one window of {context}")
+        raise ValueError(
+            f"the calibration set is empty: {len(ids)} tokens are less than one window of {context}"
+        )
     return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
 
 
 def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the repeated blocks that hold the most target weights, or [""] for the whole model."""
+    """Names of the repeated blocks that hold the most target weights, or [""]: the whole model."""
     best, most = [""], 0
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
         children = [f"{name}.{i}" if name else i for i, _ in module.named_children()]
         size = sum(
-            t.weight.numel() for n, t in targets.items() if any(n == c or n.startswith(c + ".") for c in children)
+            t.weight.numel()
+            for n, t in targets.items()
+            if any(n == c or n.startswith(c + ".") for c in children)
         )
         if size > most:
             best, most = children, size
@@ -140,7 +148,9 @@ def _block_calls(
 
     def leave(module, args, output):
         nonlocal previous
-        if not isinstance(output, Tensor) and not (isinstance(output, tuple) and isinstance(output[0], Tensor)):
+        if not isinstance(output, Tensor) and not (
+            isinstance(output, tuple) and isinstance(output[0], Tensor)
+        ):
             raise _Stop
         previous = _first(output)
         if module is blocks[-1]:
@@ -151,10 +161,8 @@ def _block_calls(
     try:
         for call in calls:
             found.append([])
-            try:
+            with suppress(_Stop):
                 call.on(model)
-            except _Stop:
-                pass
             if not chained or len(found[-1]) != len(blocks):
                 return None
     finally:
@@ -202,7 +210,7 @@ def execution_groups(stage: Stage, targets: Mapping[str, nn.Module]) -> list[lis
 
 @torch.no_grad()
 def input_hessian(stage: Stage, module: nn.Module) -> Tensor | None:
-    """E[x x^T] (in, in) in float64 over every input of `module` in the stage's calls; None if unused.
+    """E[x x^T] (in, in) in float64 over every input of `module` in the stage's calls, or None.
 
     A pass ends as soon as the module has been seen.
     """
@@ -219,10 +227,8 @@ def input_hessian(stage: Stage, module: nn.Module) -> Tensor | None:
     handle = module.register_forward_pre_hook(enter)
     try:
         for call in stage.calls:
-            try:
+            with suppress(_Stop):
                 call.on(stage.module)
-            except _Stop:
-                pass
     finally:
         handle.remove()
     return None if total is None else total.div_(max(1, count)).cpu()

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,7 +22,8 @@ from .blocks import (
     input_hessian,
     stages,
 )
-from .codecs import REGISTRY, Codec, codec as make_codec
+from .codecs import REGISTRY, Codec
+from .codecs import codec as make_codec
 from .nn import RBELinear
 
 SMALLEST = 4096  # weights; below this a layer stays dense
@@ -31,7 +31,7 @@ SMALLEST = 4096  # weights; below this a layer stays dense
 
 @dataclass(frozen=True)
 class LayerReport:
-    """error: |W-Q|^2 / |W|^2; hessian_error: the same in the metric of the layer's input, if known."""
+    """error: |W-Q|^2 / |W|^2; hessian_error: the same in the metric of the input, if known."""
 
     name: str
     shape: tuple[int, int]
@@ -71,7 +71,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f"{'layer':{width}}  {'shape':>13}  {'b/w':>6}  {'error':>8}  {'H-error':>8}  {'s':>6}"]
+        lines = [
+            f"{'layer':{width}}  {'shape':>13}  {'b/w':>6}  {'error':>8}  {'H-error':>8}  {'s':>6}"
+        ]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             h = "" if layer.hessian_error is None else f"{layer.hessian_error:.5f}"
@@ -80,8 +82,8 @@ class Report:
                 f"{layer.error:8.5f}  {h:>8}  {layer.seconds:6.2f}"
             )
         lines.append(
-            f"{len(self.layers)} layers, {self.weights:,} weights at {self.bits_per_weight:.3f} bits "
-            f"each in {self.seconds:.1f} s"
+            f"{len(self.layers)} layers, {self.weights:,} weights at {self.bits_per_weight:.3f} "
+            f"bits each in {self.seconds:.1f} s"
         )
         if self.skipped:
             lines.append(f"left dense: {', '.join(self.skipped)}")
@@ -118,8 +120,8 @@ def compress(
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
-    An interrupt leaves every layer either dense or compressed. Raises ValueError on a weight that is
-    not finite, naming layer and position, before that layer is changed.
+    An interrupt leaves every layer either dense or compressed. Raises ValueError on a weight
+    that is not finite, naming layer and position, before that layer is changed.
     """
     chosen = choose_codecs(model, bits, codec, plan, skip)
     targets = {name: model.get_submodule(name) for name in chosen}
@@ -127,7 +129,9 @@ def compress(
     start = time.perf_counter()
     with (
         inference(model),
-        tqdm(total=len(targets), desc="compress", disable=None if progress else True, leave=False) as bar,
+        tqdm(
+            total=len(targets), desc="compress", disable=None if progress else True, leave=False
+        ) as bar,
     ):
         job = _Job(model, chosen, seed, report, bar)
         if calibration is None:
@@ -168,7 +172,7 @@ def choose_codecs(
             chosen[name] = make_codec(planned)
     if not chosen:
         raise ValueError(
-            f"nothing to compress: the model has {len(layers)} nn.Linear layers and all of them are "
+            f"nothing to compress: the model has {len(layers)} nn.Linear layers and all are "
             f"output heads, tied, skipped or below {SMALLEST} weights"
         )
     return chosen
@@ -202,7 +206,11 @@ class _Job:
         self.bar.set_postfix_str(name)
         try:
             layer = RBELinear.from_linear(
-                dense, self.chosen[name], hessian, seed=self.seed + len(self.report.layers), label=name
+                dense,
+                self.chosen[name],
+                hessian,
+                seed=self.seed + len(self.report.layers),
+                label=name,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -233,7 +241,11 @@ def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list) -> Non
     inside = {n for n in targets if any(not b or n == b or n.startswith(b + ".") for b in blocks)}
     for stage in stages(model, blocks, calls):
         prefix = stage.name + "." if stage.name else ""
-        here = {n: m for n, m in targets.items() if n in inside and (n == stage.name or n.startswith(prefix))}
+        here = {
+            n: m
+            for n, m in targets.items()
+            if n in inside and (n == stage.name or n.startswith(prefix))
+        }
         if not here:
             continue
         for group in execution_groups(stage, here):

@@ -34,7 +34,8 @@ def windows(tokens: Tensor, context: int) -> Tensor:
     """(n,) or (m, context) token ids -> (m, context) windows."""
     if tokens.is_floating_point() or tokens.dim() not in (1, 2):
         raise ValueError(
-            f"tokens must be integers (n,) or (m, {context}), got {tokens.dtype} {tuple(tokens.shape)}"
+            f"tokens must be integers (n,) or (m, {context}), "
+            f"got {tokens.dtype} {tuple(tokens.shape)}"
         )
     if context < 2:
         raise ValueError(f"context must be at least 2, got {context}")
@@ -77,7 +78,9 @@ def evaluate(
                 kl += (log_q.exp() * (log_q - log_p)).sum().item()
     seconds = time.perf_counter() - start
     perplexity = math.exp(min(nll / count, 700.0)) if nll == nll else float("nan")
-    return Evaluation(perplexity, kl / count if reference is not None else None, count, context, seconds)
+    return Evaluation(
+        perplexity, kl / count if reference is not None else None, count, context, seconds
+    )
 
 
 def perplexity(model: nn.Module, tokens: Tensor, context: int = 256) -> float:
@@ -85,7 +88,9 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int = 256) -> float:
     return evaluate(model, tokens, context, progress=False).perplexity
 
 
-def kl_divergence(model: nn.Module, reference: nn.Module, tokens: Tensor, context: int = 256) -> float:
+def kl_divergence(
+    model: nn.Module, reference: nn.Module, tokens: Tensor, context: int = 256
+) -> float:
     """Mean KL(reference || model) per token in nats, on the same windows as `perplexity`."""
     return evaluate(model, tokens, context, reference, progress=False).kl
 

@@ -1,6 +1,6 @@
 """Error feedback from a Hessian (block LDLQ) and scales in its metric, for any codec.
 
-With H = E[x x^T] of a layer's input, the loss of a quantized weight is tr (W-Q) H (W-Q)^T. Blocks of
+With H = E[x x^T] of a layer's input, the loss of quantized weights is tr (W-Q) H (W-Q)^T. Blocks of
 columns are quantized from the last to the first, each with the errors already made fed back through
 the block LDL factor of H (Tseng et al., QuIP#, 2024; GPTQ, 2023, is the one-column case).
 """
@@ -34,12 +34,13 @@ class Hessian:
 
     @staticmethod
     def prepare(hessian: Tensor | Hessian | None, features: int, label: str) -> Hessian | None:
-        """Check and damp. A Hessian that cannot be used gives a warning naming the layer, and None."""
+        """Check and damp. One that cannot be used gives a warning with the label, and None."""
         if hessian is None or isinstance(hessian, Hessian):
             return hessian
         if tuple(hessian.shape) != (features, features):
             raise ValueError(
-                f"hessian must be ({features}, {features}) for this weight, got {tuple(hessian.shape)}"
+                f"hessian must be ({features}, {features}) for this weight, "
+                f"got {tuple(hessian.shape)}"
             )
         matrix = hessian.detach().to("cpu", torch.float64)
         mean = matrix.diagonal().mean().item() if features else 0.0
@@ -79,7 +80,7 @@ class Hessian:
 
 
 def feedback_factor(h: Tensor, block: int, label: str = "") -> Tensor | None:
-    """Unit block-lower factor L of h = L D L^T (float32), D block diagonal. h: float64, overwritten.
+    """Unit block-lower factor L of h = L D L^T (float32), D block diagonal. Overwrites h, float64.
 
     Damping rises tenfold at a time, up to four times, when h is not positive definite; then None
     with a warning that names the layer.
@@ -127,7 +128,9 @@ def encode_with_feedback(
             goal = goal + error[:, end:] @ factor[end:, start:end]
         a, b = start // tile.cols, end // tile.cols
         own = _block_params(params, axis, a, b, start, end, target.shape[0])
-        block_codes, fitted = ops.encode(goal.contiguous(), importance[start:end], list(own.values()), inner.spec)
+        block_codes, fitted = ops.encode(
+            goal.contiguous(), importance[start:end], list(own.values()), inner.spec
+        )
         for name, value in zip(own, fitted, strict=True):
             if axis[name] == "both":
                 params[name][:, a:b] = value[: params[name].shape[0]]
@@ -146,7 +149,9 @@ def _block_params(params, axis, a, b, start, end, rows) -> dict[str, Tensor]:
         elif name == "in_scale":
             own[name] = torch.ones(end - start)
         elif axis[name] == "both":
-            own[name] = torch.nn.functional.pad(p[:, a:b], (0, 0, 0, rows - p.shape[0])).contiguous()
+            own[name] = torch.nn.functional.pad(
+                p[:, a:b], (0, 0, 0, rows - p.shape[0])
+            ).contiguous()
         else:
             own[name] = p
     return own
@@ -172,8 +177,8 @@ def to_inner(codec: Codec, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
 def refit_scales(packed: Packed, weight: Tensor, hessian: Hessian | None) -> dict[str, Tensor]:
     """The frame's scales that are best in closed form for the codes, held to float16 values.
 
-    Each row's scale minimises (w - s q) H (w - s q)^T. With a Hessian of moderate size the scales of
-    all columns follow, jointly, and then the rows once more.
+    Each row's scale minimises (w - s q) H (w - s q)^T. With a Hessian of moderate size the scales
+    of all columns follow, jointly, and then the rows once more.
     """
     h = None if hessian is None else hessian.damped()
     scales = {"out_scale": round_to_half(_best_out_scale(packed, weight, h))}
@@ -182,8 +187,7 @@ def refit_scales(packed: Packed, weight: Tensor, hessian: Hessian | None) -> dic
     fitted = replace(packed, params=packed.params | scales)
     in_scale = round_to_half(_best_in_scale(fitted, weight, h))
     fitted = replace(packed, params=fitted.params | {"in_scale": in_scale})
-    scales = {"in_scale": in_scale, "out_scale": round_to_half(_best_out_scale(fitted, weight, h))}
-    return scales
+    return {"in_scale": in_scale, "out_scale": round_to_half(_best_out_scale(fitted, weight, h))}
 
 
 def _unscaled(packed: Packed, name: str) -> Tensor:

@@ -72,9 +72,9 @@ def register_reference(kernels: dict[str, Callable]) -> None:
 def encode(
     weight: Tensor, importance: Tensor | None, params: Sequence[Tensor], codec: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """Codes of `weight` (out, in) float32, and `params` with those the codec fits per tile replaced.
+    """Codes of `weight` (out, in) float32, and `params` with those fitted per tile replaced.
 
-    `importance` (in,) weighs the squared error per column. Raises ValueError on a weight that is not
+    `importance` (in,) weighs the squared error per column. ValueError where the weight is not
     finite, naming its first position.
     """
     return _ops.encode(weight, importance, list(params), codec)
@@ -111,9 +111,7 @@ def linear_grad_params(
     return _ops.linear_grad_params(grad, x, codes, list(params), codec, list(shape))
 
 
-def check_codes(
-    codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
-) -> None:
+def check_codes(codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]) -> None:
     """Raise ValueError unless every tile is a code the encoder could have written."""
     _ops.check_codes(codes, list(params), codec, list(shape))
 
@@ -205,7 +203,10 @@ def _linear_backward(ctx, grad):
         dx = linear_grad_input(grad, codes, params, ctx.codec, ctx.shape)
     if any(_wanted(ctx, 2, params)):
         dparams = linear_grad_params(grad, x, codes, params, ctx.codec, ctx.shape)
-        dparams = [g if wanted else None for g, wanted in zip(dparams, _wanted(ctx, 2, params), strict=True)]
+        dparams = [
+            g if wanted else None
+            for g, wanted in zip(dparams, _wanted(ctx, 2, params), strict=True)
+        ]
     return dx, None, dparams if dparams is not None else [None] * len(params), None, None
 
 
@@ -265,7 +266,7 @@ def best_isa() -> str:
 
 
 def huge_pages(tensor: Tensor) -> Tensor:
-    """Ask the system for 2 MB pages under a large CPU tensor, in place; products stream it faster."""
+    """Ask for 2 MB pages under a large CPU tensor, in place: products stream it faster."""
     if compiled() and tensor.device.type == "cpu" and tensor.nbytes >= 2 << 20:
         _C.huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
@@ -278,9 +279,11 @@ def describe(codec: str, shape: Sequence[int]) -> list[dict]:
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Run with a lower instruction set ("generic", "avx2", "avx512"); for tests and measurements."""
+    """Run with a lower instruction set ("generic", "avx2", "avx512"); for tests and timing."""
     if not compiled():
-        raise RuntimeError("the compiled library is not there, so there is no instruction set to choose")
+        raise RuntimeError(
+            "the compiled library is not there, so there is no instruction set to choose"
+        )
     before = _C.isa()
     _C.set_isa(name)
     try:

@@ -24,7 +24,8 @@ def _named(codec: str, params: Sequence[Tensor], shape: Sequence[int]):
     for spec, p in zip(expected, params, strict=True):
         if tuple(p.shape) != tuple(spec.sizes):
             raise ValueError(
-                f"{codec}: param {spec.name} must have shape {list(spec.sizes)}, got {list(p.shape)}"
+                f"{codec}: param {spec.name} must have shape {list(spec.sizes)}, "
+                f"got {list(p.shape)}"
             )
         if spec.codes != (p.dtype == torch.uint8):
             raise TypeError(f"{codec}: param {spec.name} has dtype {p.dtype}")

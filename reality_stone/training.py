@@ -60,8 +60,8 @@ def finetune(
     teacher: with one, the loss is KL(teacher || model) per token; else next-token cross entropy.
     lr: step relative to each param's root mean square; cosine to zero after `warmup` of the steps.
 
-    Afterwards params are held to float16 values where that loses nothing of note, so that the stored
-    size does not grow. Raises ValueError when there is nothing to train.
+    Afterwards params are held to float16 values where that loses nothing of note, so that the
+    stored size does not grow. Raises ValueError when there is nothing to train.
     """
     if mode != "tables":
         raise ValueError(f"mode must be 'tables' in this release, got {mode!r}")
@@ -71,12 +71,20 @@ def finetune(
     steps = list(batches.split(batch) if isinstance(batches, Tensor) else batches) * epochs
     if not steps:
         raise ValueError("there are no batches to train on")
-    groups = [{"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())} for p in params]
+    groups = [
+        {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
+        for p in params
+    ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _cosine(i, len(steps), warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: _cosine(i, len(steps), warmup)
+    )
     report = TrainingReport(trained=sum(p.numel() for p in params))
     start = time.perf_counter()
-    with _only(model, params), tqdm(steps, desc="finetune", leave=False, disable=None if progress else True) as bar:
+    with (
+        _only(model, params),
+        tqdm(steps, desc="finetune", leave=False, disable=None if progress else True) as bar,
+    ):
         for tokens in bar:
             loss = _loss(model, teacher, tokens)
             optimiser.zero_grad(set_to_none=True)

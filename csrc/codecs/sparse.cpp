@@ -19,7 +19,9 @@ struct Entries {
   int64_t capacity, in;
 
   Entries(const Layer& layer, int64_t row)
-      : tile(layer.codes + row * layer.tile.bytes), capacity((layer.tile.bytes - 2) / 3), in(layer.in) {}
+      : tile(layer.codes + row * layer.tile.bytes),
+        capacity((layer.tile.bytes - 2) / 3),
+        in(layer.in) {}
   int64_t stored_count() const { return tile[0] | tile[1] << 8; }
   int64_t column(int64_t i) const { return tile[2 + 2 * i] | tile[3 + 2 * i] << 8; }
   int8_t value(int64_t i) const { return static_cast<int8_t>(tile[2 + 2 * capacity + i]); }
@@ -35,14 +37,16 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   std::fill(w, w + (row1 - row0) * layer.in, 0.0f);
   for (int64_t r = row0; r < row1; ++r) {
     float* out = w + (r - row0) * layer.in;
-    Entries(layer, r).each([&](int64_t c, float v) { out[c] = add(out[c], mul(v, layer.params[0][r])); });
+    Entries(layer, r).each(
+        [&](int64_t c, float v) { out[c] = add(out[c], mul(v, layer.params[0][r])); });
   }
 }
 
 void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
   if (!grads[0]) return;
   for (int64_t r = row0; r < row1; ++r)
-    Entries(layer, r).each([&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
+    Entries(layer, r).each(
+        [&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
 }
 
 // Any batch: x is turned once so that an entry touches m neighbours.
@@ -62,8 +66,8 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   });
 }
 
-void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0, int64_t tile1,
-            uint8_t* codes, float* const* params) {
+void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
+            int64_t tile1, uint8_t* codes, float* const* params) {
   const int64_t in = layer.in, capacity = (layer.tile.bytes - 2) / 3;
   std::vector<int64_t> order(static_cast<size_t>(in));
   for (int64_t r = tile0; r < tile1; ++r) {
@@ -71,9 +75,9 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
     auto weight = [&](int64_t c) { return options.importance ? options.importance[c] : 1.0f; };
     auto gain = [&](int64_t c) { return double(row[c]) * row[c] * weight(c); };
     std::iota(order.begin(), order.end(), 0);
-    std::nth_element(order.begin(), order.begin() + (capacity - 1), order.end(), [&](int64_t a, int64_t b) {
-      return gain(a) != gain(b) ? gain(a) > gain(b) : a < b;
-    });
+    std::nth_element(
+        order.begin(), order.begin() + (capacity - 1), order.end(),
+        [&](int64_t a, int64_t b) { return gain(a) != gain(b) ? gain(a) > gain(b) : a < b; });
     std::sort(order.begin(), order.begin() + capacity);
     float peak = 0;
     for (int64_t i = 0; i < capacity; ++i) peak = std::max(peak, std::abs(row[order[i]]));
@@ -105,11 +109,13 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
 void check(const Layer& layer, int64_t row) {
   const Entries entries(layer, row);
   const int64_t count = entries.stored_count();
-  if (count > entries.capacity) throw std::invalid_argument("an entry count is larger than its row can hold");
+  if (count > entries.capacity)
+    throw std::invalid_argument("an entry count is larger than its row can hold");
   for (int64_t i = 0; i < entries.capacity; ++i) {
     if (i >= count && (entries.column(i) || entries.value(i)))
       throw std::invalid_argument("unused entries must be zero");
-    if (i < count && (entries.column(i) >= entries.in || (i && entries.column(i) <= entries.column(i - 1))))
+    if (i < count &&
+        (entries.column(i) >= entries.in || (i && entries.column(i) <= entries.column(i - 1))))
       throw std::invalid_argument("columns must rise and lie inside the row");
   }
 }
@@ -120,12 +126,15 @@ std::vector<Term> sparse_terms(const Spec& spec, Shape shape) {
   spec.only({"percent"});
   const double percent = spec.number("percent", 1);
   if (!(percent > 0 && percent <= 100))
-    throw std::invalid_argument("sparse: percent must be above 0 and at most 100, got " + spec.word("percent", ""));
+    throw std::invalid_argument("sparse: percent must be above 0 and at most 100, got " +
+                                spec.word("percent", ""));
   if (shape.in > 65535)
-    throw std::invalid_argument("sparse: columns are 16 bits, so in_features must be below 65536, got " +
-                                std::to_string(shape.in));
+    throw std::invalid_argument(
+        "sparse: columns are 16 bits, so in_features must be below 65536, got " +
+        std::to_string(shape.in));
   const int64_t width = std::max<int64_t>(1, shape.in);  // a tile is never empty
-  const auto n = std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(percent / 100 * shape.in)), 1, width);
+  const auto n =
+      std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(percent / 100 * shape.in)), 1, width);
   Term term;
   Row& row = term.row;
   row.name = "sparse";

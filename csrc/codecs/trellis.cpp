@@ -13,7 +13,8 @@
 
 namespace rs {
 
-std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle, Search search) {
+std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle,
+                                                    Search search) {
   using Key = std::tuple<int, Search, Isa, std::array<float, kTrellisRadii + kTrellisAngles>>;
   Key key{k, search, current_isa(), {}};
   std::memcpy(std::get<3>(key).data(), radius, kTrellisRadii * sizeof(float));
@@ -32,15 +33,17 @@ std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, 
 namespace {
 
 template <int K, Search search>
-void encode(const Layer& layer, const float* w, const EncodeOptions&, int64_t tile0, int64_t tile1, uint8_t* codes,
-            float* const*) {
+void encode(const Layer& layer, const float* w, const EncodeOptions&, int64_t tile0, int64_t tile1,
+            uint8_t* codes, float* const*) {
   constexpr int kBatch = TrellisSearch::kBatch;
-  const auto viterbi = trellis_search(K, layer.params[Trellis<K>::kRadius], layer.params[Trellis<K>::kAngle], search);
+  const auto viterbi = trellis_search(K, layer.params[Trellis<K>::kRadius],
+                                      layer.params[Trellis<K>::kAngle], search);
   float targets[kBatch * 256];
   for (int64_t t = tile0; t < tile1; t += kBatch) {
     const int64_t n = std::min<int64_t>(kBatch, tile1 - t);
     for (int64_t b = 0; b < n; ++b) {
-      const float* tile = w + (t + b) / layer.tile_cols() * 16 * layer.in + (t + b) % layer.tile_cols() * 16;
+      const float* tile =
+          w + (t + b) / layer.tile_cols() * 16 * layer.in + (t + b) % layer.tile_cols() * 16;
       for (int i = 0; i < 256; ++i) targets[b * 256 + i] = tile[i / 16 * layer.in + i % 16];
     }
     viterbi->run(targets, n, codes + t * layer.tile.bytes);
@@ -67,7 +70,8 @@ std::vector<Term> trellis_terms(const Spec& spec, Shape shape) {
   spec.only({"bits", "rotate", "search"});
   const double k = 2 * spec.number("bits", 2);
   if (k != std::floor(k) || k < 3 || k > 8)
-    throw std::invalid_argument("trellis: bits must be 1.5, 2, 2.5, 3, 3.5 or 4, got " + spec.word("bits", ""));
+    throw std::invalid_argument("trellis: bits must be 1.5, 2, 2.5, 3, 3.5 or 4, got " +
+                                spec.word("bits", ""));
   const std::string search = spec.word("search", "exact");
   if (search != "exact" && search != "fast")
     throw std::invalid_argument("trellis: search must be exact or fast, got '" + search + "'");
@@ -84,7 +88,8 @@ std::vector<Term> trellis_terms(const Spec& spec, Shape shape) {
   row.in_scale = 3;
   if (rotate) row.out_block = hadamard_block(shape.out), row.in_block = hadamard_block(shape.in);
   row.encode_batch = TrellisSearch::kBatch;
-  choose<3>(row, static_cast<int>(k), search == "fast" ? Search::fast : Search::exact, current_isa());
+  choose<3>(row, static_cast<int>(k), search == "fast" ? Search::fast : Search::exact,
+            current_isa());
   return {term};
 }
 

@@ -1,7 +1,8 @@
 // Polar tail-biting trellis: 1.5 to 4 bits per weight in halves.  K = 2 * bits new bits per state.
 //
 //   tile      16 x 16 weights, row by row; state n (0..127) carries weights 2n and 2n+1 of the tile
-//   ring      128*K bits b_0, b_1, ... in 8*K little-endian uint16 words; word w holds b[16w..16w+15],
+//   ring      128*K bits b_0, b_1, ... in 8*K little-endian uint16 words; word w holds
+//   b[16w..16w+15],
 //             first bit most significant
 //   state n   the 16 ring bits from K*n on, first bit most significant; the ring closes on itself
 //
@@ -50,7 +51,8 @@ RS_HD void polar_direction(float angle, float* cosine, float* sine) {
   *sine = static_cast<float>(mul(sin_y, x));
 }
 
-// The code's points in the first quarter turn: entry 64 * phase + amp, as the ten hash bits index it.
+// The code's points in the first quarter turn: entry 64 * phase + amp, as the ten hash bits index
+// it.
 struct PolarTable {
   float radius[kTrellisRadii], cosine[kTrellisAngles], sine[kTrellisAngles];
   float u[1024], v[1024];
@@ -118,9 +120,10 @@ struct Trellis {
   }
 };
 
-// The search for these tables, kept until other tables are asked for: error feedback asks for the same
-// one thousands of times.
-std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle, Search search);
+// The search for these tables, kept until other tables are asked for: error feedback asks for the
+// same one thousands of times.
+std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle,
+                                                    Search search);
 
 // spec: trellis(bits=2, rotate=True, search=exact|fast)
 std::vector<Term> trellis_terms(const Spec& spec, Shape shape);

@@ -17,8 +17,8 @@ struct Fit {
   float scale = 0, zero = 0;
 };
 
-// One group with its column importance, padded to whole lanes with importance 0. Weights near the ends
-// of float32 are held times 2^-exponent, so that their squares are numbers too.
+// One group with its column importance, padded to whole lanes with importance 0. Weights near the
+// ends of float32 are held times 2^-exponent, so that their squares are numbers too.
 struct Group {
   std::vector<float> w, h;
   int exponent = 0;
@@ -29,9 +29,12 @@ struct Group {
     float peak = 0;
     for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::abs(weights[i]));
     exponent = peak == 0 || (peak > 1e-12f && peak < 1e12f) ? 0 : std::ilogb(peak);
-    for (int64_t i = 0; i < n; ++i) w[static_cast<size_t>(i)] = exponent ? std::ldexp(weights[i], -exponent) : weights[i];
-    if (importance) std::copy(importance, importance + n, h.begin());
-    else std::fill(h.begin(), h.begin() + n, 1.0f);
+    for (int64_t i = 0; i < n; ++i)
+      w[static_cast<size_t>(i)] = exponent ? std::ldexp(weights[i], -exponent) : weights[i];
+    if (importance)
+      std::copy(importance, importance + n, h.begin());
+    else
+      std::fill(h.begin(), h.begin() + n, 1.0f);
   }
 };
 
@@ -53,8 +56,8 @@ inline float nearest_code(float w, float inverse, float zero, float top) {
 
 float inverse_of(float scale) { return scale != 0 ? 1.0f / scale : 0.0f; }
 
-RS_CLONES void sum_moments(const float* w, const float* h, int64_t n, Fit fit, float inverse, float top,
-                           float middle, float (*sums)[kLanes]) {
+RS_CLONES void sum_moments(const float* w, const float* h, int64_t n, Fit fit, float inverse,
+                           float top, float middle, float (*sums)[kLanes]) {
   for (int64_t i = 0; i < n; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) {
       const float x = w[i + j], weight = h[i + j];
@@ -95,8 +98,8 @@ Fit solve(const Moments& m, Fit fit, int top, bool symmetric) {
 }
 
 // Best scale (and zero) over a grid of clipping ranges; the best few are polished by alternating
-// refits until the error stops falling. Scales are held to float16 values, so that storing them so is
-// exact.
+// refits until the error stops falling. Scales are held to float16 values, so that storing them so
+// is exact.
 Fit fit_group(const Group& g, int64_t n, int bits, bool symmetric) {
   const int top = (1 << bits) - 1;
   const auto [low, high] = std::minmax_element(g.w.begin(), g.w.begin() + n);
@@ -183,7 +186,8 @@ void fill(Row& row, int64_t group, Isa isa) {
 
 template <int Bits>
 void choose(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
-  if (bits == Bits) return symmetric ? fill<Bits, true>(row, group, isa) : fill<Bits, false>(row, group, isa);
+  if (bits == Bits)
+    return symmetric ? fill<Bits, true>(row, group, isa) : fill<Bits, false>(row, group, isa);
   if constexpr (Bits < 8) choose<Bits + 1>(row, bits, symmetric, group, isa);
 }
 

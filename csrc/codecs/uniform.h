@@ -5,7 +5,8 @@
 //   symmetric      w = fl32((code - 2^(Bits-1)) * scale)
 //   asymmetric     w = fl32(fl32(code - zero) * scale)
 //
-// Params: scale (out, in/group); zero (out, in/group) when symmetric=False. Both sliced with the tiles.
+// Params: scale (out, in/group); zero (out, in/group) when symmetric=False. Both sliced with the
+// tiles.
 #pragma once
 
 #include "../codec.h"
@@ -23,7 +24,9 @@ struct Uniform {
     const float *scale, *zero;
     int64_t groups;
     explicit Tables(const Layer& layer)
-        : scale(layer.params[kScale]), zero(Symmetric ? nullptr : layer.params[kZero]), groups(layer.tile_cols()) {}
+        : scale(layer.params[kScale]),
+          zero(Symmetric ? nullptr : layer.params[kZero]),
+          groups(layer.tile_cols()) {}
   };
   struct Grad {
     void finish(const Tables&, float* const*) const {}
@@ -35,12 +38,13 @@ struct Uniform {
     if constexpr (Symmetric) return code - kHalf;
     return add(code, -t.zero[group]);
   }
-  RS_HD static void decode(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t, float* w) {
+  RS_HD static void decode(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t,
+                           float* w) {
     const int64_t group = row * t.groups + col;
     *w = mul(level(tile, group, j, t), t.scale[group]);
   }
-  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t, const float* dw,
-                      Grad&, float* const* grads) {
+  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t,
+                      const float* dw, Grad&, float* const* grads) {
     const int64_t group = row * t.groups + col;
     if (grads[kScale]) grads[kScale][group] += level(tile, group, j, t) * *dw;
     if constexpr (!Symmetric) {

@@ -1,6 +1,6 @@
-// Switches this file to AVX-512 up to its `#pragma GCC pop_options`; what the kernels share. Everything
-// from here on is internal to the file: nothing compiled for these instructions may be linked in place
-// of the same function compiled without, so no header of the library comes later.
+// Switches this file to AVX-512 up to its `#pragma GCC pop_options`; what the kernels share.
+// Everything from here on is internal to the file: nothing compiled for these instructions may be
+// linked in place of the same function compiled without, so no header of the library comes later.
 #pragma once
 
 #include <immintrin.h>
@@ -18,8 +18,8 @@ namespace {
 
 RS_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
-// Adds half an ulp of bfloat16, to even: the upper 16 bits of a lane are the rounded number. A NaN of
-// all ones would become zero: tables and scales hold quiet ones.
+// Adds half an ulp of bfloat16, to even: the upper 16 bits of a lane are the rounded number. A NaN
+// of all ones would become zero: tables and scales hold quiet ones.
 RS_INLINE __m512i round_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

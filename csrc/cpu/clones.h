@@ -1,5 +1,5 @@
-// RS_CLONES: compile a function for several instruction sets, chosen when the library loads. Only for
-// loops whose result does not depend on the vector width.
+// RS_CLONES: compile a function for several instruction sets, chosen when the library loads. Only
+// for loops whose result does not depend on the vector width.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(RS_SANITIZE)

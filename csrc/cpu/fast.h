@@ -1,5 +1,5 @@
-// Fast slots by instruction set. Each file behind them may be deleted with its line here: a slot left
-// null falls back to the loops.
+// Fast slots by instruction set. Each file behind them may be deleted with its line here: a slot
+// left null falls back to the loops.
 #pragma once
 
 #include "../codec.h"

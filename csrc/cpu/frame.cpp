@@ -14,9 +14,10 @@ using Index = int32_t __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 8, kLargest = 128;
 
 // A stage inside a vector: lane i becomes v[i] + v[i^h], or v[i^h] - v[i] where i has bit h.
-#define RS_STAGE(v, a, b, c, d, e, f, g, h, s, t, u)                     \
-  v = __builtin_shuffle(v, Index{a, b, c, d, e, f, g, h}) +              \
-      v * Lanes{1, s, t, s * t, u, s * u, t * u, s * t * u}
+#define RS_STAGE(v, a, b, c, d, e, f, g, h, s, t, u)                    \
+  v = __builtin_shuffle(v, Index{a, b, c, d, e, f, g, h}) + v * Lanes { \
+    1, s, t, s *t, u, s *u, t *u, s * t * u                             \
+  }
 
 // Runs of 8 to 128 values, each in registers from the first stage to the last.
 RS_CLONES void transform_runs(float* x, int64_t count, int64_t block, float norm) {

@@ -17,8 +17,8 @@ template <class T>
 class Lines {
  public:
   explicit Lines(int64_t n)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(n) + 64,
-                                             std::align_val_t{64}))) {
+      : data_(static_cast<T*>(
+            ::operator new(sizeof(T) * static_cast<size_t>(n) + 64, std::align_val_t{64}))) {
     std::fill_n(data_.get(), n, T{});
   }
   T* get() const { return data_.get(); }
@@ -62,7 +62,8 @@ inline float quiet(float x) { return std::isnan(x) ? std::numeric_limits<float>:
 
 constexpr int kMaxBatch = 8;  // rows of x a kernel takes at once
 
-// Parallel ranges of rows get at least this many weights, below which a thread costs more than it does.
+// Parallel ranges of rows get at least this many weights, below which a thread costs more than it
+// does.
 constexpr int64_t kWeightsPerThread = 1 << 16;
 inline int64_t row_grain(int64_t rows, int64_t weights_per_row) {
   return std::clamp<int64_t>(kWeightsPerThread / std::max<int64_t>(weights_per_row, 1), 1,

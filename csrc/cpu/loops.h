@@ -30,18 +30,21 @@ void for_each_unit(const Layer& layer, int64_t row0, int64_t row1, Visit&& visit
 template <class Codec>
 void decode_loop(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   const typename Codec::Tables tables(layer);
-  for_each_unit<Codec>(layer, row0, row1, [&](const uint8_t* tile, int64_t tr, int64_t tc, int unit, int64_t at) {
-    Codec::decode(tile, tr, tc, unit, tables, w + at);
-  });
+  for_each_unit<Codec>(layer, row0, row1,
+                       [&](const uint8_t* tile, int64_t tr, int64_t tc, int unit, int64_t at) {
+                         Codec::decode(tile, tr, tc, unit, tables, w + at);
+                       });
 }
 
 template <class Codec>
-void adjoint_loop(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+void adjoint_loop(const Layer& layer, int64_t row0, int64_t row1, const float* dw,
+                  float* const* grads) {
   const typename Codec::Tables tables(layer);
   auto grad = std::make_unique<typename Codec::Grad>();
-  for_each_unit<Codec>(layer, row0, row1, [&](const uint8_t* tile, int64_t tr, int64_t tc, int unit, int64_t at) {
-    Codec::adjoint(tile, tr, tc, unit, tables, dw + at, *grad, grads);
-  });
+  for_each_unit<Codec>(layer, row0, row1,
+                       [&](const uint8_t* tile, int64_t tr, int64_t tc, int unit, int64_t at) {
+                         Codec::adjoint(tile, tr, tc, unit, tables, dw + at, *grad, grads);
+                       });
   grad->finish(tables, grads);
 }
 

@@ -48,12 +48,14 @@ void transform_rows(at::Tensor& x, int64_t block) {
   });
 }
 
-// x -> Hadamard(scale * x), padded to `features`. The input side of a product, or the output side of
-// its adjoint.
+// x -> Hadamard(scale * x), padded to `features`. The input side of a product, or the output side
+// of its adjoint.
 at::Tensor enter_frame(const at::Tensor& x, const float* scale, int64_t block, int64_t features) {
   at::Tensor y = x;
-  if (scale) y = y * at::from_blob(const_cast<float*>(scale), {x.size(1)});
-  else if (block > 1) y = y.clone();
+  if (scale)
+    y = y * at::from_blob(const_cast<float*>(scale), {x.size(1)});
+  else if (block > 1)
+    y = y.clone();
   if (block > 1) transform_rows(y, block);
   return padded(y, features);
 }
@@ -65,7 +67,9 @@ at::Tensor leave_frame(const at::Tensor& y, const float* scale, int64_t block, i
   return x;
 }
 
-const float* param(const Layer& layer, int index) { return index < 0 ? nullptr : layer.params[index]; }
+const float* param(const Layer& layer, int index) {
+  return index < 0 ? nullptr : layer.params[index];
+}
 
 // Rows [row0, row1) of T as a panel of float32 or bfloat16.
 void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
@@ -91,7 +95,8 @@ struct Panels {
     // Kept by the thread: fresh pages for every call cost as much as decoding into them.
     thread_local at::Tensor kept[2];
     at::Tensor& pages = kept[type == at::kFloat];
-    if (!pages.defined() || pages.numel() < rows * layer.in) pages = at::empty({rows * layer.in}, type);
+    if (!pages.defined() || pages.numel() < rows * layer.in)
+      pages = at::empty({rows * layer.in}, type);
     buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
   }
   at::ScalarType type() const { return buffer.scalar_type(); }
@@ -106,8 +111,8 @@ struct Panels {
   }
 };
 
-// Weights per panel. A product's panels stay in the second-level cache. The gradient to the input is
-// a sum over panels, so there larger ones save passes over the sum (16 MB of bfloat16).
+// Weights per panel. A product's panels stay in the second-level cache. The gradient to the input
+// is a sum over panels, so there larger ones save passes over the sum (16 MB of bfloat16).
 int64_t product_panel(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 21; }
 int64_t input_gradient_panel(int64_t batch) {
   return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
@@ -116,7 +121,8 @@ int64_t input_gradient_panel(int64_t batch) {
 at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x) {
   const int64_t m = x.size(0);
   at::Tensor y = at::empty({m, layer.out});
-  if (row.linear && m <= row.linear_max_m && !(exact() && std::string_view(row.linear_type) != "float32")) {
+  if (row.linear && m <= row.linear_max_m &&
+      !(exact() && std::string_view(row.linear_type) != "float32")) {
     row.linear(layer, x.data_ptr<float>(), m, y.data_ptr<float>());
     return y;
   }
@@ -132,7 +138,9 @@ at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor
   Panels panels(row, layer, input_gradient_panel(grad.size(0)), bf16_panels());
   const at::Tensor cast = grad.to(panels.type());
   at::Tensor dx = at::zeros({grad.size(0), layer.in});
-  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) { dx.add_(at::mm(cast.narrow(1, r, n), panel)); });
+  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+    dx.add_(at::mm(cast.narrow(1, r, n), panel));
+  });
   return dx;
 }
 
@@ -142,14 +150,16 @@ void set_exact(bool exact) { exact_panels = exact; }
 bool exact() { return exact_panels; }
 void set_progress_hook(Progress hook) { progress_hook = hook; }
 
-void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                      void* context) {
   const int64_t chunks = (n + grain - 1) / grain;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     if (begin < end) body(context, begin * grain, std::min(n, end * grain));
   });
 }
 
-at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape) {
+at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                  at::IntArrayRef shape) {
   const Bound bound = bind_layers(codes, params, codec, shape);
   at::Tensor w = at::zeros(shape);
   if (!w.numel()) return w;
@@ -163,9 +173,11 @@ at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_vi
         const int64_t rows = std::min(unit, end - r);
         row.decode(layer, r, r + rows, block.data());
         if (row.in_block > 1)
-          for (int64_t i = 0; i < rows; ++i) hadamard_rows(block.data() + i * layer.in, 1, in, row.in_block);
+          for (int64_t i = 0; i < rows; ++i)
+            hadamard_rows(block.data() + i * layer.in, 1, in, row.in_block);
         hadamard_columns(block.data(), rows, layer.in, row.out_block);
-        const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
+        const float *out_scale = param(layer, row.out_scale),
+                    *in_scale = param(layer, row.in_scale);
         float* w_rows = w.data_ptr<float>() + r * in;
         for (int64_t i = 0; i < std::min(rows, bound.shape.out - r); ++i)
           for (int64_t j = 0; j < in; ++j) {
@@ -180,8 +192,8 @@ at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_vi
   return w;
 }
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params, c10::string_view codec,
-                  at::IntArrayRef shape) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
+                  c10::string_view codec, at::IntArrayRef shape) {
   const Bound bound = bind_layers(codes, params, codec, shape);
   const auto [out, in] = bound.shape;
   check_activation("x", x, in, codec);
@@ -193,8 +205,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList p
   for (size_t t = 0; t < bound.layers.size(); ++t) {
     const Row& row = (*bound.terms)[t].row;
     const Layer& layer = bound.layers[t];
-    const at::Tensor inner =
-        inner_linear(row, layer, enter_frame(rows, param(layer, row.in_scale), row.in_block, layer.in));
+    const at::Tensor inner = inner_linear(
+        row, layer, enter_frame(rows, param(layer, row.in_scale), row.in_block, layer.in));
     const at::Tensor term = leave_frame(inner, param(layer, row.out_scale), row.out_block, out);
     y = y.defined() ? y.add_(term) : term;
   }
@@ -214,8 +226,8 @@ at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at
   for (size_t t = 0; t < bound.layers.size(); ++t) {
     const Row& row = (*bound.terms)[t].row;
     const Layer& layer = bound.layers[t];
-    const at::Tensor inner =
-        inner_grad_input(row, layer, enter_frame(rows, param(layer, row.out_scale), row.out_block, layer.out));
+    const at::Tensor inner = inner_grad_input(
+        row, layer, enter_frame(rows, param(layer, row.out_scale), row.out_block, layer.out));
     const at::Tensor term = leave_frame(inner, param(layer, row.in_scale), row.in_block, in);
     dx = dx.defined() ? dx.add_(term) : term;
   }
@@ -224,8 +236,8 @@ at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at
 
 namespace {
 
-// Private gradient buffers of one block of rows: params sliced along out are written in place (blocks
-// own disjoint rows), the others are summed over blocks in order, so threads change no bit.
+// Private gradient buffers of one block of rows: params sliced along out are written in place
+// (blocks own disjoint rows), the others are summed over blocks in order, so threads change no bit.
 struct BlockGrads {
   std::vector<std::vector<float>> own;
   std::vector<float*> pointers;
@@ -243,8 +255,10 @@ struct BlockGrads {
   }
 };
 
-// One row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into dLoss/dp, returns dLoss/dso.
-RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si, float* dsi) {
+// One row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into dLoss/dp, returns
+// dLoss/dso.
+RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si,
+                                float* dsi) {
   constexpr int64_t kLanes = 16;  // partial sums in a fixed order, whatever the vector width
   float lanes[kLanes] = {};
   auto one = [&](int64_t j, int64_t lane) {
@@ -262,10 +276,11 @@ RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, c
   return sum;
 }
 
-// dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's params.
+// dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's
+// params.
 //   W = out_scale * P * in_scale with P = H_out T H_in
-void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows, float* dw,
-                       float* block, const BlockGrads& grads) {
+void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows,
+                       float* dw, float* block, const BlockGrads& grads) {
   const int64_t in = layer.in;
   const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
   auto rotate = [&](float* x) {
@@ -277,8 +292,9 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
     row.decode(layer, r, r + rows, block);
     rotate(block);
     for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
-      const float sum = scale_gradients(block + i * in, dw + i * in, shape.in, out_scale ? out_scale[r + i] : 1.0f,
-                                        in_scale, in_scale ? grads.pointers[row.in_scale] : nullptr);
+      const float sum = scale_gradients(block + i * in, dw + i * in, shape.in,
+                                        out_scale ? out_scale[r + i] : 1.0f, in_scale,
+                                        in_scale ? grads.pointers[row.in_scale] : nullptr);
       if (out_scale) grads.pointers[row.out_scale][r + i] += sum;
     }
   }
@@ -288,17 +304,19 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
 
 }  // namespace
 
-Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
-                           c10::string_view codec, at::IntArrayRef sizes) {
+Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
+                           at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
   const Bound bound = bind_layers(codes, params, codec, sizes);
   const auto [out, in] = bound.shape;
   check_activation("x", x, in, codec);
   check_activation("grad", grad, out, codec);
   TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
-                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ", grad.sizes());
+                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ",
+                    grad.sizes());
   Tensors all;
   for (const at::Tensor& p : params)
-    all.push_back(p.scalar_type() == at::kFloat ? at::zeros(p.sizes(), p.options()) : at::empty({0}));
+    all.push_back(p.scalar_type() == at::kFloat ? at::zeros(p.sizes(), p.options())
+                                                : at::empty({0}));
   at::Tensor x_rows = flat(x, in), g_rows = flat(grad, out);
   if (!x_rows.numel() || !out) return all;
   const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
@@ -307,7 +325,8 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
     const Term& term = (*bound.terms)[t];
     const Row& row = term.row;
     const Layer& layer = bound.layers[t];
-    Tensors grads(all.begin() + term.first_param, all.begin() + term.first_param + row.params.size());
+    Tensors grads(all.begin() + term.first_param,
+                  all.begin() + term.first_param + row.params.size());
     const int64_t unit = block_rows(row);
     // A block is at least this many rows, so that shared gradients stay few.
     const int64_t block = round_up(std::min<int64_t>(128, layer.out), unit);
@@ -339,8 +358,8 @@ void check_finite(const at::Tensor& weight, c10::string_view codec) {
   const at::Tensor bad = weight.isfinite().logical_not().flatten().nonzero();
   if (!bad.numel()) return;
   const int64_t at = bad[0].item<int64_t>();
-  TORCH_CHECK_VALUE(false, codec, ": the weight is not finite at (", at / weight.size(1), ", ", at % weight.size(1),
-                    "): ", weight.flatten()[at].item<float>());
+  TORCH_CHECK_VALUE(false, codec, ": the weight is not finite at (", at / weight.size(1), ", ",
+                    at % weight.size(1), "): ", weight.flatten()[at].item<float>());
 }
 
 // Work in chunks of about a tenth of a second, so that a signal is seen within one.
@@ -362,22 +381,28 @@ void in_chunks(int64_t total, int64_t batch, Body&& body) {
 
 }  // namespace
 
-std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight, const std::optional<at::Tensor>& importance,
+std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& importance,
                                        at::TensorList params, c10::string_view codec) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, codec, ": weight must be float32, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2, codec, ": weight must have two dimensions, got shape ", weight.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, codec, ": weight must be float32, got ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2, codec, ": weight must have two dimensions, got shape ",
+                    weight.sizes());
   const auto terms = resolve_cached(codec, check_shape(codec, weight.sizes()));
   TORCH_CHECK_VALUE(terms->size() == 1, codec, ": encode its parts one after the other");
   const Row& row = terms->front().row;
-  const int64_t out = round_up(weight.size(0), row.tile.rows), in = round_up(weight.size(1), row.tile.cols);
+  const int64_t out = round_up(weight.size(0), row.tile.rows),
+                in = round_up(weight.size(1), row.tile.cols);
   Tensors fitted;
   for (const at::Tensor& p : params) fitted.push_back(p.clone(at::MemoryFormat::Contiguous));
-  at::Tensor codes = at::zeros({out / row.tile.rows, in / row.tile.cols, row.tile.bytes}, at::kByte);
+  at::Tensor codes =
+      at::zeros({out / row.tile.rows, in / row.tile.cols, row.tile.bytes}, at::kByte);
   const Bound bound = bind_layers(codes, fitted, codec, weight.sizes());
   at::Tensor column_weight;
   EncodeOptions options;
   if (importance) {
-    TORCH_CHECK_VALUE(importance->sizes() == at::IntArrayRef({weight.size(1)}) && importance->gt(0).all().item<bool>(),
+    TORCH_CHECK_VALUE(importance->sizes() == at::IntArrayRef({weight.size(1)}) &&
+                          importance->gt(0).all().item<bool>(),
                       codec, ": importance must be ", weight.size(1), " positive numbers");
     column_weight = at::ones({in});
     column_weight.narrow(0, 0, weight.size(1)).copy_(*importance);
@@ -401,18 +426,22 @@ std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight, const std::opti
   std::vector<float*> outputs;
   for (at::Tensor& p : fitted) outputs.push_back(p.data_ptr<float>());
   const Layer& layer = bound.layers[0];
-  in_chunks(layer.tile_rows() * layer.tile_cols(), row.encode_batch, [&](int64_t tile0, int64_t tile1) {
-    row.encode(layer, target.data_ptr<float>(), options, tile0, tile1, codes.data_ptr<uint8_t>(), outputs.data());
-  });
+  in_chunks(layer.tile_rows() * layer.tile_cols(), row.encode_batch,
+            [&](int64_t tile0, int64_t tile1) {
+              row.encode(layer, target.data_ptr<float>(), options, tile0, tile1,
+                         codes.data_ptr<uint8_t>(), outputs.data());
+            });
   return {codes, fitted};
 }
 
 at::Tensor hadamard(const at::Tensor& x, int64_t block) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
+                       x.scalar_type() == at::kBFloat16,
                    "hadamard: x must be float32, float16 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
-                    "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
-                    x.sizes());
+  TORCH_CHECK_VALUE(
+      block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
+      "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
+      x.sizes());
   at::Tensor rows = flat(x, x.size(-1));
   if (!rows.numel()) return x.clone();
   if (rows.data_ptr() == x.data_ptr()) rows = rows.clone();
@@ -420,31 +449,38 @@ at::Tensor hadamard(const at::Tensor& x, int64_t block) {
   return rows.to(x.scalar_type()).view(x.sizes());
 }
 
-at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius, const at::Tensor& angle, double bits,
-                          c10::string_view search) {
+at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
+                          const at::Tensor& angle, double bits, c10::string_view search) {
   const double k = 2 * bits;
-  TORCH_CHECK_VALUE(k == std::floor(k) && k >= 3 && k <= 8, "trellis_encode: bits must be 1.5 to 4 by halves, got ",
-                    bits);
-  TORCH_CHECK_VALUE(search == "exact" || search == "fast", "trellis_encode: search must be exact or fast, got ", search);
+  TORCH_CHECK_VALUE(k == std::floor(k) && k >= 3 && k <= 8,
+                    "trellis_encode: bits must be 1.5 to 4 by halves, got ", bits);
+  TORCH_CHECK_VALUE(search == "exact" || search == "fast",
+                    "trellis_encode: search must be exact or fast, got ", search);
   TORCH_CHECK_TYPE(targets.scalar_type() == at::kFloat && radius.scalar_type() == at::kFloat &&
                        angle.scalar_type() == at::kFloat,
                    "trellis_encode: targets, radius and angle must be float32");
-  TORCH_CHECK_VALUE(targets.dim() == 2 && targets.size(1) == 256, "trellis_encode: targets must be (tiles, 256), got ",
-                    targets.sizes());
-  TORCH_CHECK_VALUE(radius.sizes() == at::IntArrayRef({kTrellisRadii}) && angle.sizes() == at::IntArrayRef({kTrellisAngles}),
-                    "trellis_encode: radius must be (64,) and angle (16,), got ", radius.sizes(), " and ", angle.sizes());
+  TORCH_CHECK_VALUE(targets.dim() == 2 && targets.size(1) == 256,
+                    "trellis_encode: targets must be (tiles, 256), got ", targets.sizes());
+  TORCH_CHECK_VALUE(radius.sizes() == at::IntArrayRef({kTrellisRadii}) &&
+                        angle.sizes() == at::IntArrayRef({kTrellisAngles}),
+                    "trellis_encode: radius must be (64,) and angle (16,), got ", radius.sizes(),
+                    " and ", angle.sizes());
   check_finite(targets, "trellis_encode");
-  const at::Tensor in = targets.contiguous(), radii = radius.contiguous(), angles = angle.contiguous();
+  const at::Tensor in = targets.contiguous(), radii = radius.contiguous(),
+                   angles = angle.contiguous();
   at::Tensor codes = at::zeros({in.size(0), static_cast<int64_t>(16 * k)}, at::kByte);
-  const auto viterbi = trellis_search(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
-                                      search == "fast" ? Search::fast : Search::exact);
+  const auto viterbi =
+      trellis_search(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
+                     search == "fast" ? Search::fast : Search::exact);
   in_chunks(in.size(0), TrellisSearch::kBatch, [&](int64_t begin, int64_t end) {
-    viterbi->run(in.data_ptr<float>() + begin * 256, end - begin, codes.data_ptr<uint8_t>() + begin * codes.size(1));
+    viterbi->run(in.data_ptr<float>() + begin * 256, end - begin,
+                 codes.data_ptr<uint8_t>() + begin * codes.size(1));
   });
   return codes;
 }
 
-void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape) {
+void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                 at::IntArrayRef shape) {
   const Bound bound = bind_layers(codes, params, codec, shape);
   for (size_t t = 0; t < bound.layers.size(); ++t) {
     const Row& row = (*bound.terms)[t].row;
@@ -454,14 +490,15 @@ void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_vie
       try {
         row.check(layer, tile);
       } catch (const std::invalid_argument& error) {
-        TORCH_CHECK_VALUE(false, codec, ": tile (", tile / layer.tile_cols(), ", ", tile % layer.tile_cols(),
-                          ") is no valid code: ", error.what());
+        TORCH_CHECK_VALUE(false, codec, ": tile (", tile / layer.tile_cols(), ", ",
+                          tile % layer.tile_cols(), ") is no valid code: ", error.what());
       }
     }
   }
   for (size_t i = 0; i < params.size(); ++i)
     if (params[i].is_floating_point())
-      TORCH_CHECK_VALUE(params[i].isfinite().all().item<bool>(), codec, ": param ", i, " holds a value that is not finite");
+      TORCH_CHECK_VALUE(params[i].isfinite().all().item<bool>(), codec, ": param ", i,
+                        " holds a value that is not finite");
 }
 
 }  // namespace rs

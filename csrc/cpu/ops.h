@@ -10,19 +10,22 @@ namespace rs {
 
 using Tensors = std::vector<at::Tensor>;
 
-std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight, const std::optional<at::Tensor>& importance,
+std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& importance,
                                        at::TensorList params, c10::string_view codec);
-at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
-at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
                   at::IntArrayRef shape);
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
+                  c10::string_view codec, at::IntArrayRef shape);
 at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
                              c10::string_view codec, at::IntArrayRef shape);
 Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
                            at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
 at::Tensor hadamard(const at::Tensor& x, int64_t block);
-at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius, const at::Tensor& angle, double bits,
-                          c10::string_view search);
-void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
+at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
+                          const at::Tensor& angle, double bits, c10::string_view search);
+void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
+                 at::IntArrayRef shape);
 
 // Panels in float32 everywhere when set; otherwise in bfloat16 where the processor multiplies it.
 void set_exact(bool exact);

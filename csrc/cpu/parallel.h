@@ -8,14 +8,18 @@
 
 namespace rs {
 
-// Calls body(context, begin, end) over [0, n) cut into at most one range per thread, each a multiple of `grain` long
-// (but the last). Results must not depend on the cut.
-void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+// Calls body(context, begin, end) over [0, n) cut into at most one range per thread, each a
+// multiple of `grain` long (but the last). Results must not depend on the cut.
+void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                      void* context);
 
 template <class F>
 void parallel_for(int64_t n, int64_t grain, F&& f) {
   parallel_for_raw(
-      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<F>*>(context))(begin, end); },
+      n, grain,
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+      },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 

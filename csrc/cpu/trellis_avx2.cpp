@@ -1,8 +1,9 @@
-// The trellis on AVX2, in 16-bit lanes of two registers: eight rows of the tile each, two neighbouring
-// states of a row at each of four steps.
+// The trellis on AVX2, in 16-bit lanes of two registers: eight rows of the tile each, two
+// neighbouring states of a row at each of four steps.
 //
-//   windows  byte shuffles bring 32 bits with both states into the lane of each row, shifts cut them
-//   tables   of int16 as two planes of bytes, 16 entries a vpshufb; the indices of both registers are
+//   windows  byte shuffles bring 32 bits with both states into the lane of each row, shifts cut
+//   them tables   of int16 as two planes of bytes, 16 entries a vpshufb; the indices of both
+//   registers are
 //            packed to bytes, so that one shuffle serves 32 states, and unpacked with their planes
 //   sums     vpmaddwd against the same pair of activations in all lanes: 16 row sums, no reduction
 #include "fast.h"
@@ -16,8 +17,9 @@
 namespace rs {
 namespace {
 
-// Where the windows of step j lie: ring bytes from start[j] + K * row on. A register half holds four
-// rows, which 16 bytes contain up to k = 4; beyond, the last two rows have 16 bytes of their own.
+// Where the windows of step j lie: ring bytes from start[j] + K * row on. A register half holds
+// four rows, which 16 bytes contain up to k = 4; beyond, the last two rows have 16 bytes of their
+// own.
 template <int K>
 struct Steps {
   static constexpr int kLoads = K <= 4 ? 1 : 2, kRowsPerLoad = 4 / kLoads;
@@ -84,17 +86,21 @@ template <int K, int J, int Half>
 RS_INLINE __m256i step_states(const uint8_t* tile) {
   constexpr auto& steps = kSteps<K>;
   constexpr int kStart = steps.start[J] + 8 * K * Half, kOffset = steps.offset[J];
-  __m256i w = _mm256_shuffle_epi8(
-      _mm256_set_m128i(ring<K, kStart + 4 * K>(tile), ring<K, kStart>(tile)), load(steps.shuffle[J][0]));
+  __m256i w =
+      _mm256_shuffle_epi8(_mm256_set_m128i(ring<K, kStart + 4 * K>(tile), ring<K, kStart>(tile)),
+                          load(steps.shuffle[J][0]));
   if constexpr (K > 4)
-    w = _mm256_or_si256(
-        w, _mm256_shuffle_epi8(_mm256_set_m128i(ring<K, kStart + 6 * K>(tile), ring<K, kStart + 2 * K>(tile)),
-                               load(steps.shuffle[J][1])));
-  return _mm256_blend_epi16(_mm256_srli_epi32(w, 16 - kOffset), _mm256_slli_epi32(w, kOffset + K), 0xAA);
+    w = _mm256_or_si256(w, _mm256_shuffle_epi8(_mm256_set_m128i(ring<K, kStart + 6 * K>(tile),
+                                                                ring<K, kStart + 2 * K>(tile)),
+                                               load(steps.shuffle[J][1])));
+  return _mm256_blend_epi16(_mm256_srli_epi32(w, 16 - kOffset), _mm256_slli_epi32(w, kOffset + K),
+                            0xAA);
 }
 
-// One plane of radii by the low nibble of each byte index, its bit 4 and 5 in bit 7 of bit4 and bit5.
-RS_INLINE __m256i radius_plane(const uint8_t (*slices)[32], __m256i index, __m256i bit4, __m256i bit5) {
+// One plane of radii by the low nibble of each byte index, its bit 4 and 5 in bit 7 of bit4 and
+// bit5.
+RS_INLINE __m256i radius_plane(const uint8_t (*slices)[32], __m256i index, __m256i bit4,
+                               __m256i bit5) {
   const __m256i a = _mm256_blendv_epi8(_mm256_shuffle_epi8(load(slices[0]), index),
                                        _mm256_shuffle_epi8(load(slices[1]), index), bit4);
   const __m256i b = _mm256_blendv_epi8(_mm256_shuffle_epi8(load(slices[2]), index),
@@ -112,7 +118,8 @@ RS_INLINE void points(const BytePlanes& t, const __m256i* states, __m256i* u, __
   const __m256i m0 = _mm256_set1_epi16(static_cast<short>(kTrellisMultiplier & 0xFFFF));
   __m256i high[2], low[2];
   for (int i = 0; i < 2; ++i) {
-    high[i] = _mm256_add_epi16(_mm256_mullo_epi16(states[i], m1), _mm256_mulhi_epu16(states[i], m0));
+    high[i] =
+        _mm256_add_epi16(_mm256_mullo_epi16(states[i], m1), _mm256_mulhi_epu16(states[i], m0));
     low[i] = _mm256_mullo_epi16(states[i], m0);
   }
   // A phase comes with the sign above it, which vpshufb ignores.
@@ -138,7 +145,8 @@ RS_INLINE void points(const BytePlanes& t, const __m256i* states, __m256i* u, __
 }
 
 template <int K, int B, int J>
-RS_INLINE void add_step(const uint8_t* tile, const int16_t* x, const BytePlanes& tables, __m256i (*acc)[2]) {
+RS_INLINE void add_step(const uint8_t* tile, const int16_t* x, const BytePlanes& tables,
+                        __m256i (*acc)[2]) {
   const __m256i states[2] = {step_states<K, J, 0>(tile), step_states<K, J, 1>(tile)};
   __m256i w[2][2];
   points(tables, states, w[0], w[1]);
@@ -147,12 +155,14 @@ RS_INLINE void add_step(const uint8_t* tile, const int16_t* x, const BytePlanes&
       int pair;
       __builtin_memcpy(&pair, x + b * 32 + (2 * J + part) * 2, sizeof pair);
       for (int i = 0; i < 2; ++i)
-        acc[b][i] = _mm256_add_epi32(acc[b][i], _mm256_madd_epi16(w[part][i], _mm256_set1_epi32(pair)));
+        acc[b][i] =
+            _mm256_add_epi32(acc[b][i], _mm256_madd_epi16(w[part][i], _mm256_set1_epi32(pair)));
     }
 }
 
 template <int K, int B>
-RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const BytePlanes& tables, __m256i (*acc)[2]) {
+RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const BytePlanes& tables,
+                        __m256i (*acc)[2]) {
   add_step<K, B, 0>(tile, x, tables, acc);
   add_step<K, B, 1>(tile, x, tables, acc);
   add_step<K, B, 2>(tile, x, tables, acc);
@@ -160,8 +170,8 @@ RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const BytePlanes&
 }
 
 template <int K, int B>
-void product(const Layer& layer, const BytePlanes& tables, float unit, const TrellisActivations& x, int64_t m,
-             int64_t tile_row0, int64_t tile_row1, float* y) {
+void product(const Layer& layer, const BytePlanes& tables, float unit, const TrellisActivations& x,
+             int64_t m, int64_t tile_row0, int64_t tile_row1, float* y) {
   constexpr int kTileBytes = 16 * K;
   constexpr int kAhead = 2048;  // bytes of software prefetch
   const int64_t tiles = layer.tile_cols();
@@ -179,7 +189,8 @@ void product(const Layer& layer, const BytePlanes& tables, float unit, const Tre
         add_tile<K, B>(tile, values + 16 * i, tables, acc);
       for (int b = 0; b < B; ++b)
         for (int i = 0; i < 2; ++i)
-          total[b][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[b][i]), _mm256_set1_ps(scale[b]), total[b][i]);
+          total[b][i] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[b][i]), _mm256_set1_ps(scale[b]), total[b][i]);
     }
     for (int b = 0; b < B; ++b)
       for (int i = 0; i < 2; ++i)
@@ -228,12 +239,18 @@ void fill(Row& row) {
 
 void trellis_avx2_slots(Row& row, int k) {
   switch (k) {
-    case 3: return fill<3>(row);
-    case 4: return fill<4>(row);
-    case 5: return fill<5>(row);
-    case 6: return fill<6>(row);
-    case 7: return fill<7>(row);
-    case 8: return fill<8>(row);
+    case 3:
+      return fill<3>(row);
+    case 4:
+      return fill<4>(row);
+    case 5:
+      return fill<5>(row);
+    case 6:
+      return fill<6>(row);
+    case 7:
+      return fill<7>(row);
+    case 8:
+      return fill<8>(row);
   }
 }
 

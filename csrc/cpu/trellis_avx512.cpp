@@ -1,11 +1,15 @@
 // The trellis on AVX-512 (BW, VBMI, VBMI2, VNNI). Nothing is gathered: every table is in registers.
 //
-// linear   a 32-bit lane is a row of the tile and holds two of its eight states at each of four steps,
+// linear   a 32-bit lane is a row of the tile and holds two of its eight states at each of four
+// steps,
 //          so that vpdpwssd against the same pair of activations in all lanes adds straight into 16
 //          row sums.
-//            even k   halves of a row: states 4 * half + step. A lane starts on a byte of the ring, so
-//                     byte permutes bring its words and a concat-shift by a constant makes each step.
-//            odd k    neighbours: states 2 * step + half. Both fit in 32 bits, which one byte permute
+//            even k   halves of a row: states 4 * half + step. A lane starts on a byte of the ring,
+//            so
+//                     byte permutes bring its words and a concat-shift by a constant makes each
+//                     step.
+//            odd k    neighbours: states 2 * step + half. Both fit in 32 bits, which one byte
+//            permute
 //                     brings and vpmultishiftqb cuts.
 // decode   32 states at a time by byte permute and vpmultishiftqb, as two registers of 16 floats.
 #include "fast.h"
@@ -73,8 +77,8 @@ constexpr std::array<Cut, 4> step_cuts() {
 }
 
 // Decoding: states of rows 4 * g to 4 * g + 3. The even 16-bit lanes are 16 states of the first two
-// rows, the odd ones those of the other two. `Split` rows share each 128 bits, as unpacking them with
-// their partners into floats needs it; otherwise the first row comes first.
+// rows, the odd ones those of the other two. `Split` rows share each 128 bits, as unpacking them
+// with their partners into floats needs it; otherwise the first row comes first.
 template <int K, bool Split>
 constexpr std::array<Cut, 4> row_cuts() {
   std::array<Cut, 4> groups{};
@@ -118,14 +122,16 @@ struct TileBytes {
   __m512i low, high;
 
   RS_INLINE explicit TileBytes(const uint8_t* tile)
-      : low(first<K < 4 ? 16 * K : 64>(tile)), high(K > 4 ? first<K <= 4 ? 64 : 16 * K - 64>(tile + 64) : low) {}
+      : low(first < K<4 ? 16 * K : 64>(tile)),
+        high(K > 4 ? first<K <= 4 ? 64 : 16 * K - 64>(tile + 64) : low) {}
   // Masked loads are a little slower, and much beside stores.
   template <int Size>
   static RS_INLINE __m512i first(const uint8_t* p) {
     if constexpr (Size == 64) return load(p);
     const __m128i* parts = reinterpret_cast<const __m128i*>(p);
     if constexpr (Size == 16) return _mm512_castsi128_si512(_mm_loadu_si128(parts));
-    const __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i half =
+        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     if constexpr (Size == 32) return half;
     return _mm512_inserti32x4(half, _mm_loadu_si128(parts + 2), 2);
   }
@@ -146,7 +152,8 @@ RS_INLINE void step_states(const uint8_t* tile, __m512i* s) {
   } else {
     const auto& words = kLaneWords<K>;
     const __m512i a = K == 4 ? bytes.low : bytes.permute(words[0]);
-    const __m512i b = K == 4 ? _mm512_permutexvar_epi16(load(kNextWord.at), a) : bytes.permute(words[1]);
+    const __m512i b =
+        K == 4 ? _mm512_permutexvar_epi16(load(kNextWord.at), a) : bytes.permute(words[1]);
     s[0] = a;
     s[1] = _mm512_shldi_epi16(a, b, K);
     s[2] = K == 8 ? b : _mm512_shldi_epi16(a, b, 2 * K % 16);
@@ -167,7 +174,10 @@ struct IntegerTables {
   __m512i cosine, sine, radius0, radius1;
 
   RS_INLINE explicit IntegerTables(const TrellisIntegers& t)
-      : cosine(load(t.cosine)), sine(load(t.sine)), radius0(load(t.radius)), radius1(load(t.radius + 32)) {}
+      : cosine(load(t.cosine)),
+        sine(load(t.sine)),
+        radius0(load(t.radius)),
+        radius1(load(t.radius + 32)) {}
 
   RS_INLINE void points(__m512i states, __m512i* u, __m512i* v) const {
     __m512i high, low;
@@ -185,7 +195,8 @@ struct IntegerTables {
 
 // Adds a tile's products with B rows of x into acc[(2 * row + part) % chains].
 template <int K, int B, int Chains>
-RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const IntegerTables& tables, __m512i* acc) {
+RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const IntegerTables& tables,
+                        __m512i* acc) {
   __m512i s[4];
   step_states<K>(tile, s);
   for (int j = 0; j < 4; ++j) {
@@ -202,10 +213,10 @@ RS_INLINE void add_tile(const uint8_t* tile, const int16_t* x, const IntegerTabl
 }
 
 template <int K, int B>
-void product(const Layer& layer, const TrellisIntegers& integers, const TrellisActivations& x, int64_t m,
-             int64_t tile_row0, int64_t tile_row1, float* y) {
+void product(const Layer& layer, const TrellisIntegers& integers, const TrellisActivations& x,
+             int64_t m, int64_t tile_row0, int64_t tile_row1, float* y) {
   constexpr int kTileBytes = 16 * K;
-  constexpr int kAhead = 2048;  // bytes of software prefetch
+  constexpr int kAhead = 2048;             // bytes of software prefetch
   constexpr int kChains = B <= 2 ? 2 : 1;  // a single sum per row would wait for its own latency
   const IntegerTables tables(integers);
   const int64_t tiles = layer.tile_cols();
@@ -240,7 +251,8 @@ void product(const Layer& layer, const TrellisIntegers& integers, const TrellisA
 
 struct FloatTables {
   __m512 cosine, sine;
-  __m512i radius_low[2], radius_high[2];  // halves of the floats, so that one lookup is for 32 states
+  __m512i radius_low[2],
+      radius_high[2];  // halves of the floats, so that one lookup is for 32 states
 
   RS_INLINE explicit FloatTables(const PolarAxes& t)
       : cosine(_mm512_loadu_ps(t.cosine)), sine(_mm512_loadu_ps(t.sine)) {
@@ -251,7 +263,8 @@ struct FloatTables {
       low[i] = static_cast<uint16_t>(bits);
       high[i] = static_cast<uint16_t>(bits >> 16);
     }
-    for (int i = 0; i < 2; ++i) radius_low[i] = load(low + 32 * i), radius_high[i] = load(high + 32 * i);
+    for (int i = 0; i < 2; ++i)
+      radius_low[i] = load(low + 32 * i), radius_high[i] = load(high + 32 * i);
   }
 
   // Points of the even (0) and odd (1) 16-bit lanes' states.
@@ -315,13 +328,15 @@ RS_INLINE void row_pairs(const FloatTables& tables, const TileBytes<K>& bytes, i
   __m512 u[2], v[2];
   tables.points(row_states<K, false>(bytes, g), u, v);
   for (int i = 0; i < 2; ++i)
-    w[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(round_bf16(u[i]), 16), round_bf16(v[i]));
+    w[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(round_bf16(u[i]), 16),
+                                   round_bf16(v[i]));
 }
 
 // Two tiles at a time: together their rows fill cache lines, of which sixteen at a power of two's
 // distance would not stay in the first cache until the next tile.
 template <int K>
-void decode_rows(const Layer& layer, const PolarAxes& table, int64_t row0, int64_t row1, uint16_t* w) {
+void decode_rows(const Layer& layer, const PolarAxes& table, int64_t row0, int64_t row1,
+                 uint16_t* w) {
   constexpr int kTileBytes = 16 * K;
   const FloatTables tables(table);
   const int64_t in = layer.in, tiles = layer.tile_cols();
@@ -348,7 +363,8 @@ void decode_rows(const Layer& layer, const PolarAxes& table, int64_t row0, int64
         row_pairs<K>(tables, bytes, g, a);
         uint16_t* to = w + 4 * g * in + 16 * t;
         for (int i = 0; i < 2; ++i) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i * in), _mm512_castsi512_si256(a[i]));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i * in),
+                              _mm512_castsi512_si256(a[i]));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (2 * i + 1) * in),
                               _mm512_extracti64x4_epi64(a[i], 1));
         }
@@ -412,12 +428,18 @@ void fill(Row& row) {
 
 void trellis_avx512_slots(Row& row, int k) {
   switch (k) {
-    case 3: return fill<3>(row);
-    case 4: return fill<4>(row);
-    case 5: return fill<5>(row);
-    case 6: return fill<6>(row);
-    case 7: return fill<7>(row);
-    case 8: return fill<8>(row);
+    case 3:
+      return fill<3>(row);
+    case 4:
+      return fill<4>(row);
+    case 5:
+      return fill<5>(row);
+    case 6:
+      return fill<6>(row);
+    case 7:
+      return fill<7>(row);
+    case 8:
+      return fill<8>(row);
   }
 }
 

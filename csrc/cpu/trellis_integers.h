@@ -1,7 +1,7 @@
 // The trellis in integers: tables and activations of its product, for all instruction sets.
 //
-// A pair of tiles (32 columns) is summed in int32 and then flushed to float. Its 16 states a row give
-// at most 16 * 8191 * (sqrt(2) * 11500 + 2) = 2.13e9 < 2^31, whatever the codes, tables and x.
+// A pair of tiles (32 columns) is summed in int32 and then flushed to float. Its 16 states a row
+// give at most 16 * 8191 * (sqrt(2) * 11500 + 2) = 2.13e9 < 2^31, whatever the codes, tables and x.
 #pragma once
 
 #include "../codecs/trellis.h"
@@ -23,12 +23,13 @@ struct PolarAxes {
 
   explicit PolarAxes(const Layer& layer) {
     std::copy_n(layer.params[0], kTrellisRadii, radius);
-    for (int p = 0; p < kTrellisAngles; ++p) polar_direction(layer.params[1][p], &cosine[p], &sine[p]);
+    for (int p = 0; p < kTrellisAngles; ++p)
+      polar_direction(layer.params[1][p], &cosine[p], &sine[p]);
   }
 };
 
-// u = radius * cosine / 2^15 in units of `unit`, and so v. Directions are indexed by the sign bit and
-// the phase: entry 16 + i is minus entry i.
+// u = radius * cosine / 2^15 in units of `unit`, and so v. Directions are indexed by the sign bit
+// and the phase: entry 16 + i is minus entry i.
 struct TrellisIntegers {
   alignas(64) int16_t radius[kTrellisRadii] = {};
   alignas(64) int16_t cosine[2 * kTrellisAngles] = {}, sine[2 * kTrellisAngles] = {};
@@ -60,8 +61,8 @@ struct TrellisIntegers {
 
 // Rows of x as int16 pairs, a scale for each row and pair of tiles.
 //   pairs[((pair * batch + row) * 2 + tile) * 8 + 2 * step + part]   part 0 meets u, 1 meets v
-// An element is two int16, for the two states that a 32-bit lane (a row of the tile) holds at a step:
-// state `half_stride / 2 * half + step_stride / 2 * step` of the row's eight.
+// An element is two int16, for the two states that a 32-bit lane (a row of the tile) holds at a
+// step: state `half_stride / 2 * half + step_stride / 2 * step` of the row's eight.
 struct TrellisActivations {
   int batch;
   int64_t pairs_of_tiles;

@@ -1,5 +1,5 @@
-// Uniform codes of 2, 4 and 8 bits on AVX2, groups of a multiple of 32: shifted and masked to int16, as
-// on AVX-512. A step is half a block of the activations, 32 bytes of codes.
+// Uniform codes of 2, 4 and 8 bits on AVX2, groups of a multiple of 32: shifted and masked to
+// int16, as on AVX-512. A step is half a block of the activations, 32 bytes of codes.
 #include "fast.h"
 
 #if RS_FAST_X86
@@ -54,7 +54,8 @@ RS_INLINE void add_step(const uint8_t* codes, const int16_t* values, __m256i* ac
     __m256i w = _mm256_srli_epi16(bytes, k * Bits);
     if (k + 1 < kParts) w = _mm256_and_si256(w, top);
     for (int b = 0; b < B; ++b) {
-      const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + (b * kParts + k) * 32));
+      const __m256i x =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(values + (b * kParts + k) * 32));
       acc[b] = _mm256_add_epi32(acc[b], _mm256_madd_epi16(w, x));
     }
   }
@@ -62,7 +63,8 @@ RS_INLINE void add_step(const uint8_t* codes, const int16_t* values, __m256i* ac
 
 template <int B>
 RS_INLINE void flush(const __m256i* acc, __m256 scales, __m256* total) {
-  for (int b = 0; b < B; ++b) total[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[b]), scales, total[b]);
+  for (int b = 0; b < B; ++b)
+    total[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[b]), scales, total[b]);
 }
 
 RS_INLINE float sum_lanes(__m256 x) {
@@ -76,7 +78,8 @@ RS_INLINE float sum_lanes(__m256 x) {
 template <int Bits, int B, int PerStep>
 void rows(const Product& p, int64_t row, int64_t end) {
   constexpr int R = kRows<B>, kBlock = 16 / Bits * 32 * B;
-  constexpr int kRowsAhead = 8;  // of scales and zeros, which are too short for the hardware to foresee
+  constexpr int kRowsAhead =
+      8;  // of scales and zeros, which are too short for the hardware to foresee
   const auto& [layer, groups, x, symmetric, m, repeated, y] = p;
   const int64_t n = layer.tile_cols(), row_bytes = n * layer.tile.bytes;
   const int64_t ahead = R == 1 ? 4096 : R * row_bytes;  // bytes of software prefetch
@@ -99,7 +102,9 @@ void rows(const Product& p, int64_t row, int64_t end) {
   }
 
   const __m256i lane = _mm256_load_si256(reinterpret_cast<const __m256i*>(groups.lane));
-  const auto values = [&](int64_t step) { return x.values.get() + step / 2 * kBlock + step % 2 * 16; };
+  const auto values = [&](int64_t step) {
+    return x.values.get() + step / 2 * kBlock + step % 2 * 16;
+  };
   const int64_t span = PerStep ? 1 : groups.span;
   for (int64_t step = 0; step < full; step += span) {
 #pragma GCC unroll 1
@@ -141,8 +146,8 @@ void rows(const Product& p, int64_t row, int64_t end) {
         const __m256 z = zero ? _mm256_loadu_ps(zero + g) : middle;
         const __m256 offset = _mm256_mul_ps(_mm256_loadu_ps(scale + g), z);
         for (int b = 0; b < B; ++b)
-          total[r][b] =
-              _mm256_fnmadd_ps(offset, _mm256_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
+          total[r][b] = _mm256_fnmadd_ps(offset, _mm256_load_ps(x.sums.get() + b * x.groups + g),
+                                         total[r][b]);
       } else {
         for (int64_t i = g; i < n; ++i)
           for (int b = 0; b < B; ++b)
@@ -156,10 +161,10 @@ void rows(const Product& p, int64_t row, int64_t end) {
 
 template <int Bits, int B>
 void product(const Product& p, int64_t row0, int64_t row1) {
-  const auto run = p.groups.span > 1        ? rows<Bits, B, 0>
+  const auto run = p.groups.span > 1         ? rows<Bits, B, 0>
                    : p.groups.per_block == 1 ? rows<Bits, B, 1>
-                   : p.groups.per_block == 2 ? rows<Bits, B, Bits == 8 ? 1 : 2>
-                                             : rows<Bits, B, Bits == 2 ? 4 : 1>;
+                                             : p.groups.per_block == 2 ? rows < Bits,
+             B, Bits == 8 ? 1 : 2 > : rows < Bits, B, Bits == 2 ? 4 : 1 > ;
   for (; row0 < row1; row0 += kRows<B>) run(p, row0, row1);
 }
 
@@ -183,8 +188,10 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
                         : values.batch == 4 ? product<Bits, 4>
                                             : product<Bits, 8>;
     parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
-      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group : 0);
-      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin, end);
+      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group
+                                                    : 0);
+      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin,
+             end);
     });
   }
 }
@@ -201,9 +208,12 @@ void fill(Row& row, bool symmetric) {
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group) {
   if (group % 32 != 0) return;
   switch (bits) {
-    case 2: return fill<2>(row, symmetric);
-    case 4: return fill<4>(row, symmetric);
-    case 8: return fill<8>(row, symmetric);
+    case 2:
+      return fill<2>(row, symmetric);
+    case 4:
+      return fill<4>(row, symmetric);
+    case 8:
+      return fill<8>(row, symmetric);
   }
 }
 

@@ -1,9 +1,11 @@
 // Uniform codes on AVX-512 (BW, VBMI, VNNI), groups of a multiple of 32.
 //
-// linear   codes of 2, 4 and 8 bits are shifted and masked to int16, of other widths spread to bytes
+// linear   codes of 2, 4 and 8 bits are shifted and masked to int16, of other widths spread to
+// bytes
 //          first (vpermb brings the bytes of eight codes into 64 bits, vpmultishiftqb cuts them);
-//          vpdpwssd with int16 activations adds neighbouring columns in 32-bit lanes, flushed to float
-//          with each lane's scale. Zero points cost one product per group, with the sums of x.
+//          vpdpwssd with int16 activations adds neighbouring columns in 32-bit lanes, flushed to
+//          float with each lane's scale. Zero points cost one product per group, with the sums of
+//          x.
 // decode   two bytes per code by vpermb into 32-bit lanes, shifted by lane.
 #include "fast.h"
 
@@ -61,9 +63,11 @@ constexpr int kParts = 16 / uniform_view(Bits);
 template <int Bits>
 constexpr int kBlockBytes = uniform_block(Bits) * Bits / 8;
 template <int Bits>
-constexpr __mmask64 kBlockMask = kBlockBytes<Bits> == 64 ? ~0ull : (1ull << (kBlockBytes<Bits> % 64)) - 1;
+constexpr __mmask64 kBlockMask =
+    kBlockBytes<Bits> == 64 ? ~0ull : (1ull << (kBlockBytes<Bits> % 64)) - 1;
 
-// Code k of every int16 word of the block at p; of a block that is not whole, only `mask` bytes exist.
+// Code k of every int16 word of the block at p; of a block that is not whole, only `mask` bytes
+// exist.
 template <int Bits, bool Whole>
 RS_INLINE void words_of(const uint8_t* p, __mmask64 mask, __m512i* w) {
   __m512i codes;
@@ -73,8 +77,8 @@ RS_INLINE void words_of(const uint8_t* p, __mmask64 mask, __m512i* w) {
     codes = _mm512_maskz_loadu_epi8(Whole ? kBlockMask<Bits> : mask, p);
   }
   if constexpr (Bits != uniform_view(Bits))
-    codes = _mm512_multishift_epi64_epi8(load(kSpread<Bits>.cut.at),
-                                         _mm512_permutexvar_epi8(load(kSpread<Bits>.bytes.at), codes));
+    codes = _mm512_multishift_epi64_epi8(
+        load(kSpread<Bits>.cut.at), _mm512_permutexvar_epi8(load(kSpread<Bits>.bytes.at), codes));
   const __m512i top = _mm512_set1_epi16((1 << Bits) - 1);
   constexpr int kView = uniform_view(Bits);
   for (int k = 0; k < kParts<Bits>; ++k) {
@@ -97,8 +101,8 @@ struct Product {
 template <int B>
 constexpr int kRows = B == 1 ? 1 : 4;
 
-// The scale of every lane of a block with PerBlock of them. A masked load of all would be shorter, and
-// slow where it crosses a cache line.
+// The scale of every lane of a block with PerBlock of them. A masked load of all would be shorter,
+// and slow where it crosses a cache line.
 template <int PerBlock>
 RS_INLINE __m512 lane_scales(const float* s, __m512i lane) {
   if constexpr (PerBlock == 2) {
@@ -106,14 +110,17 @@ RS_INLINE __m512 lane_scales(const float* s, __m512i lane) {
     __builtin_memcpy(&two, s, sizeof two);
     return _mm512_permutexvar_ps(lane, _mm512_castpd_ps(_mm512_set1_pd(two)));
   }
-  if constexpr (PerBlock == 4) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x4(_mm_loadu_ps(s)));
-  if constexpr (PerBlock == 8) return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x8(_mm256_loadu_ps(s)));
+  if constexpr (PerBlock == 4)
+    return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x4(_mm_loadu_ps(s)));
+  if constexpr (PerBlock == 8)
+    return _mm512_permutexvar_ps(lane, _mm512_broadcast_f32x8(_mm256_loadu_ps(s)));
   return _mm512_set1_ps(*s);
 }
 
 // Adds the integer products of a block, `mask` of its bytes, with B rows of x.
 template <int Bits, int B, bool Whole>
-RS_INLINE void add_block(const uint8_t* codes, __mmask64 mask, const int16_t* values, __m512i* acc) {
+RS_INLINE void add_block(const uint8_t* codes, __mmask64 mask, const int16_t* values,
+                         __m512i* acc) {
   constexpr int kStep = kParts<Bits> * 32;
   __m512i w[kParts<Bits>];
   words_of<Bits, Whole>(codes, mask, w);
@@ -124,7 +131,8 @@ RS_INLINE void add_block(const uint8_t* codes, __mmask64 mask, const int16_t* va
 
 template <int B>
 RS_INLINE void flush(const __m512i* acc, __m512 scales, __m512* total) {
-  for (int b = 0; b < B; ++b) total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[b]), scales, total[b]);
+  for (int b = 0; b < B; ++b)
+    total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[b]), scales, total[b]);
 }
 
 // Rows row, row + 1, ... below `end`, of which the last fills up the kRows.
@@ -132,7 +140,8 @@ RS_INLINE void flush(const __m512i* acc, __m512 scales, __m512* total) {
 template <int Bits, int B, int PerBlock>
 void rows(const Product& p, int64_t row, int64_t end) {
   constexpr int R = kRows<B>, kStep = kParts<Bits> * 32;
-  constexpr int kRowsAhead = 8;  // of scales and zeros, which are too short for the hardware to foresee
+  constexpr int kRowsAhead =
+      8;  // of scales and zeros, which are too short for the hardware to foresee
   const auto& [layer, groups, x, symmetric, m, repeated, y] = p;
   const int64_t n = layer.tile_cols(), row_bytes = n * layer.tile.bytes;
   const int64_t ahead = R == 1 ? 4096 : R * row_bytes;  // bytes of software prefetch
@@ -192,10 +201,12 @@ void rows(const Product& p, int64_t row, int64_t end) {
       _mm_prefetch(scale + g + kRowsAhead * n, _MM_HINT_T0);
       if (zero) _mm_prefetch(zero + g + kRowsAhead * n, _MM_HINT_T0);
       const __mmask16 mask = static_cast<__mmask16>(n - g >= 16 ? 0xFFFF : (1 << (n - g)) - 1);
-      const __m512 z = zero ? _mm512_maskz_loadu_ps(mask, zero + g) : _mm512_set1_ps(1 << (Bits - 1));
+      const __m512 z =
+          zero ? _mm512_maskz_loadu_ps(mask, zero + g) : _mm512_set1_ps(1 << (Bits - 1));
       const __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + g), z);
       for (int b = 0; b < B; ++b)
-        total[r][b] = _mm512_fnmadd_ps(offset, _mm512_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
+        total[r][b] =
+            _mm512_fnmadd_ps(offset, _mm512_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
     }
     for (int b = 0; b < B; ++b)
       if (b < m) y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b];
@@ -204,11 +215,12 @@ void rows(const Product& p, int64_t row, int64_t end) {
 
 template <int Bits, int B>
 void product(const Product& p, int64_t row0, int64_t row1) {
-  const auto run = p.groups.span > 1        ? rows<Bits, B, 0>
+  const auto run = p.groups.span > 1         ? rows<Bits, B, 0>
                    : p.groups.per_block == 1 ? rows<Bits, B, 1>
                    : p.groups.per_block == 2 ? rows<Bits, B, 2>
-                   : p.groups.per_block == 4 ? rows<Bits, B, uniform_view(Bits) == 8 ? 2 : 4>
-                                             : rows<Bits, B, uniform_view(Bits) == 2 ? 8 : 2>;
+                                             : p.groups.per_block == 4 ? rows < Bits,
+             B, uniform_view(Bits) == 8 ? 2 : 4 > : rows < Bits, B,
+             uniform_view(Bits) == 2 ? 8 : 2 > ;
   for (; row0 < row1; row0 += kRows<B>) run(p, row0, row1);
 }
 
@@ -226,7 +238,8 @@ RS_INLINE void store(float* w, __m512 a, __m512 b) {
   _mm512_storeu_ps(w + 16, b);
 }
 RS_INLINE void store(uint16_t* w, __m512 a, __m512 b) {
-  _mm512_storeu_si512(w, _mm512_permutex2var_epi16(round_bf16(a), load(kUpperWords.at), round_bf16(b)));
+  _mm512_storeu_si512(
+      w, _mm512_permutex2var_epi16(round_bf16(a), load(kUpperWords.at), round_bf16(b)));
 }
 
 template <int Bits, class T>
@@ -280,8 +293,10 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
                         : values.batch == 4 ? product<Bits, 4>
                                             : product<Bits, 8>;
     parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
-      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group : 0);
-      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin, end);
+      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group
+                                                    : 0);
+      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin,
+             end);
     });
   }
 }
@@ -305,13 +320,20 @@ void fill(Row& row, bool symmetric) {
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group) {
   if (group % 32 != 0) return;
   switch (bits) {
-    case 2: return fill<2>(row, symmetric);
-    case 3: return fill<3>(row, symmetric);
-    case 4: return fill<4>(row, symmetric);
-    case 5: return fill<5>(row, symmetric);
-    case 6: return fill<6>(row, symmetric);
-    case 7: return fill<7>(row, symmetric);
-    case 8: return fill<8>(row, symmetric);
+    case 2:
+      return fill<2>(row, symmetric);
+    case 3:
+      return fill<3>(row, symmetric);
+    case 4:
+      return fill<4>(row, symmetric);
+    case 5:
+      return fill<5>(row, symmetric);
+    case 6:
+      return fill<6>(row, symmetric);
+    case 7:
+      return fill<7>(row, symmetric);
+    case 8:
+      return fill<8>(row, symmetric);
   }
 }
 

@@ -10,8 +10,8 @@ namespace rs {
 
 constexpr int kUniformTop = 32767;  // of activations: int16, one scale per row of x
 
-// A block is the columns of 64 bytes of codes, seen as int16 words of 16 / view codes each. Codes of
-// other widths than 2, 4 and 8 are first spread to bytes.
+// A block is the columns of 64 bytes of codes, seen as int16 words of 16 / view codes each. Codes
+// of other widths than 2, 4 and 8 are first spread to bytes.
 constexpr int uniform_view(int bits) { return bits == 2 || bits == 4 ? bits : 8; }
 constexpr int uniform_block(int bits) { return 512 / uniform_view(bits); }
 
@@ -51,8 +51,8 @@ struct UniformActivations {
   }
 };
 
-// Which scale each 32-bit lane of a block has, and how many blocks share one. Groups that do not fit
-// blocks, or would overflow the integers, are taken as runs of 32 columns with the same scale.
+// Which scale each 32-bit lane of a block has, and how many blocks share one. Groups that do not
+// fit blocks, or would overflow the integers, are taken as runs of 32 columns with the same scale.
 struct UniformGroups {
   static constexpr int kMost = 64;  // blocks: 64 * 4 columns a lane * 255 * 32767 < 2^31
 

@@ -38,9 +38,12 @@ constexpr int kLastCoarse = 6;
 
 const KernelTable& kernels_for(Isa isa) {
   switch (isa) {
-    case Isa::avx512: return avx512_kernels();
-    case Isa::avx2: return avx2_kernels();
-    default: return generic_kernels();
+    case Isa::avx512:
+      return avx512_kernels();
+    case Isa::avx2:
+      return avx2_kernels();
+    default:
+      return generic_kernels();
   }
 }
 
@@ -66,9 +69,9 @@ struct TrellisSearch::Impl {
     for (int i = 0; i < kTrellisRadii; ++i) largest = std::max(largest, std::fabs(radius[i]));
     if (!(largest > 0)) largest = 1;
     const PolarTable table(radius, angle);
-    constexpr void (Impl::*kLayOut[])(const PolarTable&) = {
-        &Impl::lay_out<3>, &Impl::lay_out<4>, &Impl::lay_out<5>,
-        &Impl::lay_out<6>, &Impl::lay_out<7>, &Impl::lay_out<8>};
+    constexpr void (Impl::* kLayOut[])(const PolarTable&) = {&Impl::lay_out<3>, &Impl::lay_out<4>,
+                                                             &Impl::lay_out<5>, &Impl::lay_out<6>,
+                                                             &Impl::lay_out<7>, &Impl::lay_out<8>};
     (this->*kLayOut[k - 3])(table);
   }
 

@@ -43,7 +43,9 @@ struct Avx512 {
   template <int N>
   static void store(int16_t* p, int stride, V x) {
     alignas(64) static constexpr auto kOrder = [] {
-      struct { int16_t lane[32]; } order{};
+      struct {
+        int16_t lane[32];
+      } order{};
       for (int l = 0; l < 32; ++l) order.lane[l % N * (32 / N) + l / N] = static_cast<int16_t>(l);
       return order;
     }();

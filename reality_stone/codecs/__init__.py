@@ -18,8 +18,19 @@ REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trelli
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
-__all__ = ["REGISTRY", "Codec", "Param", "Residual", "Sparse", "Tile", "Trellis", "Uniform", "codec",
-           "codecs", "from_config"]
+__all__ = [
+    "REGISTRY",
+    "Codec",
+    "Param",
+    "Residual",
+    "Sparse",
+    "Tile",
+    "Trellis",
+    "Uniform",
+    "codec",
+    "codecs",
+    "from_config",
+]
 
 
 def codecs() -> list[str]:
@@ -39,7 +50,9 @@ def codec(name: str | Codec, **settings: Any) -> Codec:
         raise TypeError(f"a codec is a name or a Codec, got {type(name).__name__}")
     if "(" in name:
         if settings:
-            raise ValueError(f"give settings either in the text or as arguments, not both: {name!r}")
+            raise ValueError(
+                f"give settings either in the text or as arguments, not both: {name!r}"
+            )
         return _parse(name)
     kind = _kind(name)
     try:
@@ -49,7 +62,7 @@ def codec(name: str | Codec, **settings: Any) -> Codec:
 
 
 def from_config(config: dict[str, Any]) -> Codec:
-    """The codec that `to_config` wrote. Raises ValueError on an unknown name, version or setting."""
+    """The codec that `to_config` wrote. ValueError on an unknown name, version or setting."""
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise ValueError(f"a codec's configuration is an object with a name, got {config!r}")
     kind = _kind(config["name"])

@@ -60,12 +60,16 @@ class Codec(ABC):
     def params(self, shape: tuple[int, int]) -> tuple[Param, ...]: ...
 
     @abstractmethod
-    def decode_tiles(self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def decode_tiles(
+        self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]
+    ) -> Tensor:
         """Reference decode of the inner matrix T, padded to tiles, in plain torch."""
 
     @abstractmethod
-    def initial_params(self, weight: Tensor, seed: int, feedback: bool = False) -> dict[str, Tensor]:
-        """Params to start the encoder from; `feedback`: errors will be fed back into the targets."""
+    def initial_params(
+        self, weight: Tensor, seed: int, feedback: bool = False
+    ) -> dict[str, Tensor]:
+        """Params to start the encoder from; `feedback`: errors are fed back into the targets."""
 
     @abstractmethod
     def encode_reference(
@@ -91,7 +95,9 @@ class Codec(ABC):
     @property
     def spec(self) -> str:
         """Canonical text, name(key=value, ...): the `codec` argument of the ops."""
-        values = ", ".join(f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        values = ", ".join(
+            f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self)
+        )
         return f"{self.name}({values})"
 
     def to_config(self) -> dict[str, Any]:
@@ -113,14 +119,16 @@ class Codec(ABC):
     ) -> Packed:
         """Compress `weight` (out, in).
 
-        `hessian` (in, in) is E[x x^T] of the layer's input: with it, errors are fed back column block
-        by column block and scales are fitted in its metric. `label` names the layer in warnings.
+        `hessian` (in, in) is E[x x^T] of the layer's input: with it, errors are fed back block by
+        block of columns and scales are fitted in its metric. `label` names the layer in warnings.
         """
         weight = check_weight(weight, self.name)
         shape = (weight.shape[0], weight.shape[1])
         prepared = Hessian.prepare(hessian, shape[1], label)
         several = self.tile(shape).grid(shape)[1] > 1
-        feedback = prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2)
+        feedback = (
+            prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2)
+        )
         params = self.initial_params(weight, seed, feedback)
         if feedback:
             codes, params = encode_with_feedback(self, weight, params, prepared)
@@ -165,7 +173,9 @@ def check_weight(weight: Tensor, name: str) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight.dim() != 2:
-        raise ValueError(f"{name}: weight must have two dimensions, got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{name}: weight must have two dimensions, got shape {tuple(weight.shape)}"
+        )
     if not weight.is_floating_point():
         raise TypeError(f"{name}: weight must be floating point, got {weight.dtype}")
     return weight.detach().to("cpu", torch.float32).contiguous()

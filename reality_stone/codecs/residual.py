@@ -1,4 +1,4 @@
-"""residual: W = decode(base) + decode(rest), any two codecs, the second on what the first left over.
+"""residual: W = decode(base) + decode(rest), any two codecs, the second on what the first left.
 
 Source: the residual compensation of the documents ("RBE-8"); layout in csrc/codecs/residual.h.
 """
@@ -31,7 +31,9 @@ class Residual(Codec):
             if not isinstance(part, Codec):
                 raise ValueError(f"residual: base and rest must be codecs, got {part!r}")
             if isinstance(part, Residual):
-                raise ValueError("residual: base and rest must be plain codecs, not residuals again")
+                raise ValueError(
+                    "residual: base and rest must be plain codecs, not residuals again"
+                )
         if not (isinstance(self.clip, (int, float)) and 0 <= self.clip < 1e300):
             raise ValueError(f"residual: clip must be 0 or positive and finite, got {self.clip!r}")
         object.__setattr__(self, "clip", float(self.clip))

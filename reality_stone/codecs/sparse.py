@@ -23,7 +23,9 @@ class Sparse(Codec):
 
     def __post_init__(self):
         if not (isinstance(self.percent, (int, float)) and 0 < self.percent <= 100):
-            raise ValueError(f"sparse: percent must be above 0 and at most 100, got {self.percent!r}")
+            raise ValueError(
+                f"sparse: percent must be above 0 and at most 100, got {self.percent!r}"
+            )
         object.__setattr__(self, "percent", float(self.percent))
 
     @classmethod
@@ -65,10 +67,14 @@ class Sparse(Codec):
         scale = round_to_half(kept.abs().amax(1) / 127)
         q = (kept / scale.where(scale != 0, 1)[:, None]).round().clamp(-127, 127)
         power = (weight * q * q).sum(1)
-        scale = round_to_half(torch.where(power > 0, (weight * q * kept).sum(1) / power.clamp_min(1e-30), scale))
+        scale = round_to_half(
+            torch.where(power > 0, (weight * q * kept).sum(1) / power.clamp_min(1e-30), scale)
+        )
         q = (kept / scale.where(scale != 0, 1)[:, None]).round().clamp(-127, 127).to(torch.int8)
         codes = torch.zeros((out, 1, 2 + 3 * n), dtype=torch.uint8)
-        order = (q == 0).int().sort(dim=1, stable=True).indices  # entries that rounded to zero are unused
+        order = (
+            (q == 0).int().sort(dim=1, stable=True).indices
+        )  # entries that rounded to zero are unused
         used = (q != 0).sum(1)
         q, column = q.gather(1, order), column.gather(1, order)
         column = torch.where(q != 0, column, 0)

@@ -29,7 +29,7 @@ GAIN = {1.5: 0.96, 2: 1.0, 2.5: 1.03, 3: 1.06, 3.5: 1.11, 4: 1.15}
 
 @dataclass(frozen=True)
 class Trellis(Codec):
-    """bits: 1.5 to 4 by halves; rotate: Hadamard transforms on both sides; search: exact or fast."""
+    """bits: 1.5 to 4 by halves; rotate: Hadamard on both sides; search: exact or fast."""
 
     name: ClassVar[str] = "trellis"
     bits: float = 2
@@ -110,7 +110,7 @@ def _tables() -> tuple[Tensor, Tensor]:
 
 
 def default_tables() -> tuple[Tensor, Tensor]:
-    """Radius (64,) of a Rayleigh law at unit mean square per weight, and angle (16,) of a quarter turn."""
+    """Radius (64,) of a Rayleigh law, unit mean square a weight; angle (16,) of a quarter turn."""
     radius, angle = _tables()
     return radius.clone(), angle.clone()
 
@@ -138,7 +138,9 @@ def state_points(state: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
     cosine, sine = polar_direction(angle)
     r = radius[amp]
     u, v = r * cosine[phase], r * sine[phase]
-    return torch.stack((torch.where(p >> 31 == 1, -u, u), torch.where((p >> 15) & 1 == 1, -v, v)), -1)
+    return torch.stack(
+        (torch.where(p >> 31 == 1, -u, u), torch.where((p >> 15) & 1 == 1, -v, v)), -1
+    )
 
 
 def polar_direction(angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,8 +164,10 @@ def _factorial(n: int) -> float:
 
 
 def search_reference(tiles: Tensor, radius: Tensor, angle: Tensor, k: int) -> Tensor:
-    """Tail-biting Viterbi search in plain torch: (tiles, 256) -> (tiles, 16 k). Slow; for judging."""
-    codes = [_search(t, state_points(torch.arange(STATES), radius, angle), k) for t in tiles.split(8)]
+    """Tail-biting Viterbi search in plain torch: (tiles, 256) -> (tiles, 16 k). For judging."""
+    codes = [
+        _search(t, state_points(torch.arange(STATES), radius, angle), k) for t in tiles.split(8)
+    ]
     return torch.cat(codes) if codes else torch.zeros((0, 16 * k), dtype=torch.uint8)
 
 
@@ -175,7 +179,7 @@ def _search(tiles: Tensor, points: Tensor, k: int) -> Tensor:
 
 
 def _viterbi(pairs: Tensor, points: Tensor, k: int, closing: Tensor | None) -> Tensor:
-    """Best states (n, 128); `closing` (n,) holds the 16-k bits before the first and after the last."""
+    """Best states (n, 128); `closing` (n,) holds the 16-k bits around the ring's seam."""
     n, overlaps = pairs.shape[0], 2 ** (16 - k)
     best = torch.zeros(n, overlaps)
     if closing is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..codecs import Codec, codec as make_codec
+from ..codecs import Codec
+from ..codecs import codec as make_codec
 from ..packed import Packed, storage_bits
 
 
@@ -55,7 +56,9 @@ class RBELinear(nn.Module):
                 empty = torch.empty(spec.sizes, dtype=torch.uint8, device=device)
                 self.register_buffer(spec.name, empty)
             else:
-                self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.sizes, device=device)))
+                self.register_parameter(
+                    spec.name, nn.Parameter(torch.empty(spec.sizes, device=device))
+                )
         if self.codes.device.type != "meta":
             self.reset_parameters()
 
@@ -90,7 +93,9 @@ class RBELinear(nn.Module):
         **settings: Any,
     ) -> RBELinear:
         """Compress a dense layer; `hessian` (in, in) is E[x x^T] of its input."""
-        packed = make_codec(codec, **settings).encode(linear.weight, hessian, seed=seed, label=label)
+        packed = make_codec(codec, **settings).encode(
+            linear.weight, hessian, seed=seed, label=label
+        )
         layer = cls.from_packed(packed.to(linear.weight.device), linear.bias)
         return layer.train(linear.training)
 
