@@ -490,8 +490,9 @@ void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_vie
       try {
         row.check(layer, tile);
       } catch (const std::invalid_argument& error) {
-        TORCH_CHECK_VALUE(false, codec, ": tile (", tile / layer.tile_cols(), ", ",
-                          tile % layer.tile_cols(), ") is no valid code: ", error.what());
+        TORCH_CHECK_VALUE(false, codec, ": ", (*bound.terms)[t].prefix, "codes tile (",
+                          tile / layer.tile_cols(), ", ", tile % layer.tile_cols(),
+                          ") is no valid code: ", error.what());
       }
     }
   }
