@@ -6,17 +6,19 @@ import re
 
 import pytest
 import torch
+import walk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reality_stone as rs
-import walk
 from reality_stone import ops
 from reality_stone.codecs import REGISTRY, from_config
 
 EVERY = pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
 DEFAULTS = pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 
 SIZES = st.sampled_from([1, 2, 7, 16, 17, 50, 1000])
 ANY_CODEC = st.sampled_from(walk.ALL)
@@ -100,7 +102,9 @@ def test_params_of_another_count_size_or_dtype_are_refused_by_every_op(codec):
     packed = walk.random_layer(codec, (33, 50))
     for name, p in packed.params.items():
         without = {n: q for n, q in packed.params.items() if n != name}
-        raises_everywhere(dataclasses.replace(packed, params=without), ValueError, "expected .* params")
+        raises_everywhere(
+            dataclasses.replace(packed, params=without), ValueError, "expected .* params"
+        )
         bad = [p[1:], p[None], p.flatten()[:1].repeat(p.numel() + 1)]
         for q in bad:
             moved = dataclasses.replace(packed, params=packed.params | {name: q})
@@ -130,10 +134,14 @@ def test_activations_of_another_size_or_dtype_are_refused(codec):
 
 
 @DEFAULTS
-@pytest.mark.parametrize("shape", [[33], [33, 50, 1], [], [-1, 50], [33, -50], [1 << 41, 1], [1, 1 << 62]])
+@pytest.mark.parametrize(
+    "shape", [[33], [33, 50, 1], [], [-1, 50], [33, -50], [1 << 41, 1], [1, 1 << 62]]
+)
 def test_a_shape_that_is_no_matrix_is_refused(codec, shape):
     packed = walk.random_layer(codec, (33, 50))
-    with pytest.raises(ValueError, match="shape must be|codes must have shape|in_features must be"):
+    with pytest.raises(
+        ValueError, match=r"shape must be|codes must have shape|in_features must be"
+    ):
         ops.decode(packed.codes, walk.values(packed), codec.spec, shape)
 
 
@@ -148,18 +156,30 @@ def test_params_that_are_not_finite_fail_the_check(codec):
                 dataclasses.replace(packed, params=packed.params | {name: bad}).check()
 
 
+def refusal(check) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        found = re.search(r"is no valid code|is not finite", str(error))
+        return found.group() if found else str(error)
+    return None
+
+
 @QUICK
-@given(codec=ANY_CODEC, rows=SIZES, cols=SIZES, seed=st.integers(0, 2**20), isa=st.sampled_from(walk.isas()))
+@given(
+    codec=ANY_CODEC,
+    rows=SIZES,
+    cols=SIZES,
+    seed=st.integers(0, 2**20),
+    isa=st.sampled_from(walk.isas()),
+)
 def test_any_bytes_as_codes_decode_and_multiply_without_a_crash(codec, rows, cols, seed, isa):
     if rows * cols > 100_000:
         rows = 17
     packed = walk.random_layer(codec, (rows, cols), seed)
     with ops.use_isa(isa):
         assert run_all(packed).isfinite().all()
-        try:
-            packed.check()
-        except ValueError as error:
-            assert "is no valid code" in str(error)
+        assert refusal(packed.check) in (None, "is no valid code")
 
 
 @QUICK
@@ -208,7 +228,8 @@ def test_unknown_settings_are_refused_in_both_languages(name):
 
 @pytest.mark.parametrize("name", walk.NAMES)
 @pytest.mark.parametrize(
-    "value", [None, "x", -1, 0, 1e9, 2.25, math.nan, math.inf, -math.inf, 2j, [2], {}, b"2", 10**400]
+    "value",
+    [None, "x", -1, 0, 1e9, 2.25, math.nan, math.inf, -math.inf, 2j, [2], {}, b"2", 10**400],
 )
 def test_a_setting_outside_its_range_or_of_another_type_is_refused(name, value):
     for field in dataclasses.fields(REGISTRY[name]):
@@ -218,17 +239,21 @@ def test_a_setting_outside_its_range_or_of_another_type_is_refused(name, value):
             continue
         # What Python takes, C++ must take too, and mean the same.
         tile = codec.tile((16, 64))
-        assert tuple(ops.describe(codec.spec, (16, 64))[0]["tile"]) == (tile.rows, tile.cols, tile.bytes)
+        assert tuple(ops.describe(codec.spec, (16, 64))[0]["tile"]) == (
+            tile.rows,
+            tile.cols,
+            tile.bytes,
+        )
         assert rs.codec(codec.spec) == codec
 
 
 def test_a_configuration_of_another_version_or_kind_is_refused():
     good = rs.codec("uniform").to_config()
     for bad in ({}, None, [], "uniform", {"name": 3}, {"name": None}, {**good, "nosuch": 1}):
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"configuration is an object|nosuch"):
             from_config(bad)
     for version in (0, 2, "1", None):
-        with pytest.raises(ValueError, match="version .* is not known"):
+        with pytest.raises(ValueError, match=r"version .* is not known"):
             from_config({**good, "version": version})
     with pytest.raises(ValueError, match="unknown codec"):
         from_config({**good, "name": "nosuch"})
@@ -236,9 +261,42 @@ def test_a_configuration_of_another_version_or_kind_is_refused():
 
 SPECS = [c.spec for c in walk.ALL]
 PIECES = st.sampled_from(
-    [*walk.NAMES, *(f.name for k in REGISTRY.values() for f in dataclasses.fields(k)), "=", "(", ")", ",", " ",
-     "2", "1e999", "-1", "0x2", "nan", "True", "False", "None", "'", '"', "[", "{", "*", "**", ":", "\0", "é",
-     "lambda", "9" * 400, "1.5", "\n", "#", "\\", "base=", "rest=", "(bits=2)", "()"]
+    [
+        *walk.NAMES,
+        *(f.name for k in REGISTRY.values() for f in dataclasses.fields(k)),
+        "=",
+        "(",
+        ")",
+        ",",
+        " ",
+        "2",
+        "1e999",
+        "-1",
+        "0x2",
+        "nan",
+        "True",
+        "False",
+        "None",
+        "'",
+        '"',
+        "[",
+        "{",
+        "*",
+        "**",
+        ":",
+        "\0",
+        "é",
+        "lambda",
+        "9" * 400,
+        "1.5",
+        "\n",
+        "#",
+        "\\",
+        "base=",
+        "rest=",
+        "(bits=2)",
+        "()",
+    ]
 )
 TEXTS = st.one_of(
     st.lists(PIECES, max_size=14).map("".join),
@@ -246,7 +304,10 @@ TEXTS = st.one_of(
     # A real text with one stretch replaced.
     st.builds(
         lambda text, at, length, piece: text[:at] + piece + text[at + length :],
-        st.sampled_from(SPECS), st.integers(0, 60), st.integers(0, 8), PIECES,
+        st.sampled_from(SPECS),
+        st.integers(0, 60),
+        st.integers(0, 8),
+        PIECES,
     ),
 )
 
@@ -281,10 +342,19 @@ def test_any_text_is_a_codec_or_a_value_error_in_both_languages(text):
             assert tuple(found[0]["tile"]) == (tile.rows, tile.cols, tile.bytes)
 
 
-@pytest.mark.parametrize("text", ["(" * 5000, "uniform(bits=" * 3000, "uniform(bits=" + "-" * 9000 + "1)",
-                                  "uniform(bits=[" + "[" * 5000, "a" * 100_000, "uniform(" + "bits=2, " * 9000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 5000,
+        "uniform(bits=" * 3000,
+        "uniform(bits=" + "-" * 9000 + "1)",
+        "uniform(bits=[" + "[" * 5000,
+        "a" * 100_000,
+        "uniform(" + "bits=2, " * 9000,
+    ],
+)
 def test_texts_of_great_depth_or_length_are_refused(text):
     assert read_by_python(text) is None
     assert read_by_cpp(text) is None
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"is not of the form|unknown codec"):
         rs.codec(text)

@@ -1,4 +1,4 @@
-"""What the encoders are worth: determinism, error against the reference encoder and against theory."""
+"""What the encoders are worth: determinism, error beside the reference and theory."""
 
 import math
 import os
@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
+import walk
 
 import reality_stone as rs
-import walk
 from reality_stone import ops, reference
 from reality_stone.codecs import REGISTRY
 
@@ -71,7 +71,9 @@ def weighted_error(codec, encoded, weight, importance=None) -> float:
     return (miss * (1 if importance is None else importance)).sum().item()
 
 
-ONE_TERM = pytest.mark.parametrize("codec", [c for c in walk.FEW if walk.one_term(c)], ids=walk.spec)
+ONE_TERM = pytest.mark.parametrize(
+    "codec", [c for c in walk.FEW if walk.one_term(c)], ids=walk.spec
+)
 
 
 @ONE_TERM
@@ -103,7 +105,9 @@ def test_importance_moves_the_error_to_the_columns_that_matter_less(codec):
 
 
 @ONE_TERM
-@pytest.mark.parametrize("bad", [torch.zeros(64), -torch.ones(64), torch.ones(63), torch.full((64,), math.nan)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(64), -torch.ones(64), torch.ones(63), torch.full((64,), math.nan)]
+)
 def test_importance_that_is_not_positive_or_of_another_length_is_refused(codec, bad):
     with pytest.raises(ValueError, match="importance must be 64 positive numbers"):
         compiled_encode(codec, torch.zeros(16, 64), bad)
@@ -126,7 +130,9 @@ def test_uniform_is_no_worse_than_the_best_uniform_quantizer(bits):
     weight = walk.gaussian(128, 256)
     known = best_uniform_quantizer(2**bits)
     # Half a percent is one standard deviation of the mean of 32768 squares.
-    assert walk.nmse(rs.codec("uniform", bits=bits).encode(weight).decode(), weight) <= 1.015 * known
+    assert (
+        walk.nmse(rs.codec("uniform", bits=bits).encode(weight).decode(), weight) <= 1.015 * known
+    )
 
 
 @EVERY
@@ -253,7 +259,9 @@ def test_ctrl_c_ends_a_long_encode_within_about_a_second():
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     """)
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
     try:
         first = child.stdout.readline().split()
         assert len(first) == 2

@@ -1,4 +1,4 @@
-"""What every codec promises: the same layout in Python and C++, the same decoded bits everywhere."""
+"""What every codec promises: one layout in Python and C++, the same decoded bits everywhere."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import walk
 
 import reality_stone as rs
-import walk
 from reality_stone import ops, reference
 from reality_stone.codecs import REGISTRY, from_config
 
@@ -135,7 +135,11 @@ def test_a_slice_of_the_codes_is_the_slice_of_the_weight(codec):
     packed = walk.random_layer(codec, (384, 384))
     want = packed.decode()
     every = slice(0, 384)
-    for rows, cols in [(slice(128, 384), every), (every, slice(128, 256)), (slice(0, 128), slice(256, 384))]:
+    for rows, cols in [
+        (slice(128, 384), every),
+        (every, slice(128, 256)),
+        (slice(0, 128), slice(256, 384)),
+    ]:
         part = cut(packed, rows, cols)
         if part is None:
             tile = codec.tile(packed.shape)

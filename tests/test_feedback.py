@@ -1,11 +1,10 @@
-"""Error feedback from a Hessian: less error where the input lives, and a right result from any Hessian."""
+"""Error feedback from a Hessian: less error where the input lives, a right result from any."""
 
 import math
 import warnings
 
 import pytest
 import torch
-
 import walk
 
 EVERY = pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
@@ -19,7 +18,7 @@ def inputs(features: int, rank: int, samples: int = 2048) -> torch.Tensor:
 
 
 def loss(packed, weight, hessian) -> float:
-    """What the encoder minimises: tr (W-Q) H (W-Q)^T, or with diag H where a tile is a whole row."""
+    """What the encoder minimises: tr (W-Q) H (W-Q)^T, with diag H where a tile is a whole row."""
     miss = packed.decode().double() - weight.double()
     h = hessian.double()
     if packed.codec.tile(packed.shape).cols >= packed.shape[1]:

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-
 import walk
+
 from reality_stone import ops, reference
 
 FOLDER = Path(__file__).parent / "golden"
@@ -46,7 +46,13 @@ def test_every_codec_has_golden_bytes(name):
 
 def test_the_golden_weight_is_the_one_it_always_was():
     weight = golden.weight(20, 40)
-    assert weight.flatten()[:3].tolist() == [-0.04618358612060547, -0.07409000396728516, 0.04419708251953125]
-    assert golden.digest(weight) == "e4388ab812e8ac75be73ffe5f1a11265931ca5fe1730bc4d65b8b84048a17c13"
+    assert weight.flatten()[:3].tolist() == [
+        -0.04618358612060547,
+        -0.07409000396728516,
+        0.04419708251953125,
+    ]
+    assert (
+        golden.digest(weight) == "e4388ab812e8ac75be73ffe5f1a11265931ca5fe1730bc4d65b8b84048a17c13"
+    )
     assert abs(weight.mean().item()) < 0.005
     assert 0.02 < weight.std().item() < 0.1

@@ -1,4 +1,4 @@
-"""RBELinear: made from a layer, from nothing or from a file, it computes, trains and travels like nn.Linear."""
+"""RBELinear, from a layer, from nothing or a file, computes, trains and travels as nn.Linear."""
 
 import copy
 import io
@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
+import walk
 from torch import nn
 
-import walk
 from reality_stone.nn import RBELinear
 
 DEFAULTS = pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
@@ -207,10 +207,10 @@ def test_a_model_with_a_compressed_layer_runs_under_the_default_compiler():
 @DEFAULTS
 def test_packed_weights_of_another_codec_or_shape_are_refused(codec):
     layer = copy.deepcopy(layer_of(codec))
-    with pytest.raises(ValueError, match="expected .* of shape"):
+    with pytest.raises(ValueError, match=r"expected .* of shape"):
         layer.set_packed(walk.random_layer(codec, (48, 32)))
     others = [c for c in walk.DEFAULTS if c != codec]
-    with pytest.raises(ValueError, match="expected .* of shape"):
+    with pytest.raises(ValueError, match=r"expected .* of shape"):
         layer.set_packed(walk.random_layer(others[0], (48, 64)))
     with pytest.raises(ValueError, match="features"):
         layer(torch.zeros(2, 63))

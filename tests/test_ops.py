@@ -1,12 +1,12 @@
-"""The products from the codes and their gradients, against float64, for every codec and instruction set."""
+"""Products from the codes and their gradients, against float64, on every instruction set."""
 
 import math
 
 import pytest
 import torch
+import walk
 from torch.library import opcheck
 
-import walk
 from reality_stone import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,8 +38,8 @@ def slack(want) -> float:
 
 
 def assert_kept(got, x, w, want, note):
-    """got against want = x @ w.T in float64: the promise of accuracy("auto"), or twice the error of a
-    dense bfloat16 product where that is the larger."""
+    """got against want = x @ w.T in float64: the promise of accuracy("auto"), or twice the error of
+    a dense bfloat16 product where that is the larger."""
     scale = size_of(x, w)
     error = walk.relative(got, want, scale)
     # A result in half precision is rounded once more at the end.
@@ -51,19 +51,19 @@ def assert_kept(got, x, w, want, note):
 
 
 def float32_noise(x, w) -> float:
-    """Error of torch's float32 product. One rounding is always allowed: a short sum may have none."""
+    """Error of torch's float32 product; at least one rounding, which a short sum may lack."""
     want = x.double() @ w.t()
     return max(EPS, walk.relative(x.float() @ w.float().t(), want, size_of(x, w)))
 
 
 def frame_noise(codec, shape) -> float:
-    """Error a float32 Hadamard transform on each side adds: one rounding a stage, and the scales."""
+    """Error that Hadamard transforms in float32 add: one rounding a stage, and the scales."""
     stages = sum(math.log2(block) for block in codec.blocks(shape))
     return EPS * math.sqrt(stages + 4)
 
 
 def layers(codec, shape):
-    """Any bytes, whose weights may be far from zero mean; at one shape also as encoded and trained."""
+    """Any bytes, with weights far from zero mean; at one shape also as encoded and trained."""
     found = [walk.random_layer(codec, shape)]
     if shape == (33, 50):
         found += [walk.encoded(codec, shape), walk.trained(walk.encoded(codec, shape))]
@@ -194,7 +194,9 @@ class Judge:
     """Gradients by autograd through the reference decode in float64."""
 
     def __init__(self, packed):
-        self.leaves = [p.double().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)]
+        self.leaves = [
+            p.double().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)
+        ]
         self.w = reference.decode(packed.codes, self.leaves, packed.codec.spec, packed.shape)
 
     def param_grads(self, dw):
@@ -209,9 +211,9 @@ class Judge:
         return [(grad @ self.w).detach(), *self.param_grads(grad.t() @ x)]
 
     def noise(self, x, grad, size):
-        """How far each gradient moves (root mean square of four trials, absolute) when every operand
-        and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too little
-        where few numbers carry the norm."""
+        """How far each gradient moves (root mean square of four trials, absolute) when operands
+        and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
+        little where few numbers carry the norm."""
 
         def off(t):
             return t * (1 + size * (2 * torch.rand(t.shape, dtype=torch.float64) - 1))
@@ -242,12 +244,17 @@ def test_gradients_agree_with_autograd_through_decode(codec, mode):
         for packed in layers(codec, shape):
             judge = Judge(packed)
             for batch in (1, 70):
-                x, grad = walk.gaussian(batch, shape[1], seed=1), walk.gaussian(batch, shape[0], seed=2)
+                x, grad = (
+                    walk.gaussian(batch, shape[1], seed=1),
+                    walk.gaussian(batch, shape[0], seed=2),
+                )
                 want, noise = judge.grads(x, grad), judge.noise(x, grad, size)
                 for isa in walk.isas():
                     with ops.use_isa(isa), ops.accuracy(mode):
                         got = kernel_grads(packed, x, grad)
-                    for name, g, t, moved in zip(["x", *packed.params], got, want, noise, strict=True):
+                    for name, g, t, moved in zip(
+                        ["x", *packed.params], got, want, noise, strict=True
+                    ):
                         assert_near(g, t, moved, (isa, shape, batch, name))
 
 
@@ -275,14 +282,18 @@ def test_gradients_come_in_the_dtype_of_the_activation_and_params_in_float32(cod
             assert g.dtype == torch.float32
             # Operands are exact in bfloat16 and at worst rounded to it from the others.
             assert walk.relative(g, t) <= 4 * AUTO
-    assert walk.relative(dx.reshape(8, 50), want[0]) <= 2 * AUTO  # the product's promise, and rounding to dtype
+    assert (
+        walk.relative(dx.reshape(8, 50), want[0]) <= 2 * AUTO
+    )  # the product's promise, and rounding to dtype
 
 
 @EVERY
 def test_the_reference_has_the_derivative_of_its_own_decode(codec):
     # Small enough for finite differences of every param: float64, where the kernels do not go.
     packed = walk.random_layer(codec, (3, 6))
-    params = [p.double().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)]
+    params = [
+        p.double().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)
+    ]
     x = walk.gaussian(2, 6).double().requires_grad_()
 
     def product(x, *params):
@@ -295,7 +306,9 @@ def test_the_reference_has_the_derivative_of_its_own_decode(codec):
 @DEFAULTS
 def test_autograd_reaches_x_and_every_param_through_linear_and_decode(codec):
     packed = walk.random_layer(codec, (33, 50))
-    leaves = [p.clone().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)]
+    leaves = [
+        p.clone().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)
+    ]
     x = walk.gaussian(2, 5, 50).requires_grad_()
     grad = walk.gaussian(2, 5, 33)
     judge = Judge(packed)
@@ -316,7 +329,9 @@ def test_autograd_reaches_x_and_every_param_through_linear_and_decode(codec):
 @DEFAULTS
 def test_only_the_wanted_gradients_are_computed(codec):
     packed = walk.random_layer(codec, (33, 50))
-    leaves = [p.clone().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)]
+    leaves = [
+        p.clone().requires_grad_() if p.is_floating_point() else p for p in walk.values(packed)
+    ]
     first = next(p for p in leaves if p.requires_grad)
     y = ops.linear(walk.gaussian(2, 50), packed.codes, leaves, codec.spec, packed.shape)
     (found,) = torch.autograd.grad(y.sum(), [first])

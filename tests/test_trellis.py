@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+import walk
 
 import reality_stone as rs
-import walk
 from reality_stone import ops, reference
 from reality_stone.codecs.trellis import (
     default_tables,
@@ -27,7 +27,12 @@ TILES = 256
 def gain(bits: float) -> float:
     """Scale of the decoded table over that of the weights, as initial_params sets it."""
     weight = torch.ones(1, 1)
-    return rs.codec("trellis", bits=bits, rotate=False).initial_params(weight, 0)["out_scale"].abs().item()
+    return (
+        rs.codec("trellis", bits=bits, rotate=False)
+        .initial_params(weight, 0)["out_scale"]
+        .abs()
+        .item()
+    )
 
 
 def tile_error(codes, targets, bits) -> float:
@@ -178,7 +183,9 @@ def test_the_fallback_search_writes_the_layout_that_decode_reads():
     targets = walk.gaussian(1, 256, seed=5)
     codes = reference.trellis_encode(targets, *default_tables(), 3.5, "exact")
     assert codes.shape == (1, 112)
-    assert tile_error(codes, targets, 3.5) < 0.02 * 256  # about .009 a weight where it is read right
+    assert (
+        tile_error(codes, targets, 3.5) < 0.02 * 256
+    )  # about .009 a weight where it is read right
 
 
 def test_the_search_refuses_what_it_cannot_search():

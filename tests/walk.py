@@ -19,7 +19,7 @@ NAMES = rs.codecs()
 RATES = (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
 # Group-like sizes: none, odd, vector-sized, larger than one vector.
 WHOLE_NUMBERS = (1, 5, 32, 128)
-# Smaller than a tile, one off a tile, exactly a tile, padded on either side, several Hadamard blocks.
+# Smaller than a tile, one off, exactly one, padded on either side, several Hadamard blocks.
 SHAPES = [(1, 1), (1, 17), (17, 1), (16, 16), (33, 50), (48, 1000), (1000, 48), (128, 256)]
 EMPTY_SHAPES = [(0, 16), (16, 0), (0, 0), (0, 1), (1, 0)]
 
@@ -38,7 +38,9 @@ def settings(name: str) -> list[Codec]:
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name)
         if isinstance(value, bool):
-            found += [_try(dataclasses.replace, c, **{field.name: not value}) for c in list(found) if c]
+            found += [
+                _try(dataclasses.replace, c, **{field.name: not value}) for c in list(found) if c
+            ]
         elif isinstance(value, Codec):
             others = [REGISTRY[n]() for n in NAMES]
             found += [_try(dataclasses.replace, default, **{field.name: o}) for o in others]
@@ -137,7 +139,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def relative(got: torch.Tensor, want: torch.Tensor, scale: float = 0.0) -> float:
-    """Frobenius norm of the difference over that of `want` (or over `scale` where that is larger)."""
+    """Frobenius norm of the difference over that of `want`, or over a larger `scale`."""
     got, want = got.double(), want.double()
     return ((got - want).norm() / max(want.norm().item(), scale, 1e-300)).item()
 

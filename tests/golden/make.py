@@ -1,8 +1,8 @@
 """Write golden bytes for codecs that have none yet: python tests/golden/make.py
 
-A golden file is a codec's configuration with codes and params and what they decode to, for ever: a
-file on disk must decode to the same bits in every release. So a file that is there is never touched;
-a format that changes gets a new version and new files.
+A golden file is a codec's configuration with codes and params and what they decode to, for ever:
+a file on disk must decode to the same bits in every release. So a file that is there is never
+touched; a format that changes gets a new version and new files.
 """
 
 import base64
@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import walk  # noqa: E402
+
 from reality_stone import Packed  # noqa: E402
 from reality_stone.codecs import from_config  # noqa: E402
 
