@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything")
     args = parser.parse_args()
     # Tokens to judge, calibration windows, training windows, tokens to generate.
-    judge, calibrate, train, generate = (8192, 16, 16, 16) if args.quick else (65_536, 128, 384, 64)
+    judge, calibrate, train, generate = (8192, 16, 16, 16) if args.quick else (65_536, 128, 256, 64)
 
     tokenizer, valid = novels.tokenizer(), novels.validation(judge)
     windows = novels.calibration(calibrate)
