@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import reality_stone as rs
-from reality_stone.codecs import Uniform
 from reality_stone.blocks import Call, Stage, execution_groups, find_blocks, stages
+from reality_stone.codecs import Uniform
 from reality_stone.compress import linears
 from reality_stone.nn import RBELinear
 
