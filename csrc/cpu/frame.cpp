@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "clones.h"
+#include "half.h"
 
 namespace rs {
 namespace {
@@ -95,6 +97,41 @@ void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t block) {
       transform_strip(strip, block, norm_of(block));
       for (int64_t j = 0; j < block; ++j) std::memcpy(run + j * n + c, strip[j], bytes);
     }
+}
+
+namespace {
+
+RS_CLONES void widen(const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(static_cast<uint32_t>(x[i]) << 16);
+}
+
+RS_CLONES void narrow(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}
+
+RS_CLONES void multiply(const float* x, const float* scale, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * scale[i];
+}
+
+}  // namespace
+
+void frame_rows(Rows x, Rows y, int64_t rows, int64_t n, int64_t width, const float* before,
+                int64_t block, const float* after) {
+  std::vector<float> row(static_cast<size_t>(width > n ? width : n));
+  for (int64_t r = 0; r < rows; ++r) {
+    if (x.bf16) widen(static_cast<const uint16_t*>(x.data) + r * x.stride, row.data(), n);
+    const float* values = x.bf16 ? row.data() : static_cast<const float*>(x.data) + r * x.stride;
+    if (before)
+      multiply(values, before, row.data(), n);
+    else if (!x.bf16)
+      std::copy(values, values + n, row.data());
+    hadamard_rows(row.data(), 1, n, block);
+    if (after) multiply(row.data(), after, row.data(), n);
+    if (y.bf16)
+      narrow(row.data(), static_cast<uint16_t*>(y.data) + r * y.stride, width);
+    else
+      std::copy(row.begin(), row.begin() + width, static_cast<float*>(y.data) + r * y.stride);
+  }
 }
 
 }  // namespace rs

@@ -13,4 +13,16 @@ void hadamard_rows(float* x, int64_t rows, int64_t n, int64_t block);
 // place.
 void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t block);
 
+// Rows of float32 or bfloat16 values, `stride` apart.
+struct Rows {
+  void* data;
+  int64_t stride;
+  bool bf16;
+};
+
+// Each row of y, `width` wide, is after * Hadamard(before * x) of the first n values of a row of x,
+// and zeros behind them. Null scales are ones; block 1 is no transform. In float32, rounded once.
+void frame_rows(Rows x, Rows y, int64_t rows, int64_t n, int64_t width, const float* before,
+                int64_t block, const float* after);
+
 }  // namespace rs

@@ -20,8 +20,8 @@ inline float round_to_half(float x) {
 // Nearest bfloat16, ties to even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+  const uint32_t nan = (bits >> 16) | 0x40, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
 }
 
 }  // namespace rs

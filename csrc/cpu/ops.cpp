@@ -33,12 +33,10 @@ int64_t panel_rows(const Row& row, const Layer& layer, int64_t elements) {
 
 bool bf16_panels() { return !exact() && has_avx512_bf16(); }
 
+// x as (rows, features), contiguous, in float32 or bfloat16.
 at::Tensor flat(const at::Tensor& x, int64_t features) {
-  return x.reshape({features ? x.numel() / features : 0, features}).to(at::kFloat).contiguous();
-}
-
-at::Tensor padded(const at::Tensor& x, int64_t features) {
-  return x.size(1) == features ? x : at::constant_pad_nd(x, {0, features - x.size(1)});
+  const auto type = x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  return x.reshape({features ? x.numel() / features : 0, features}).to(type).contiguous();
 }
 
 void transform_rows(at::Tensor& x, int64_t block) {
@@ -48,23 +46,22 @@ void transform_rows(at::Tensor& x, int64_t block) {
   });
 }
 
-// x -> Hadamard(scale * x), padded to `features`. The input side of a product, or the output side
-// of its adjoint.
-at::Tensor enter_frame(const at::Tensor& x, const float* scale, int64_t block, int64_t features) {
-  at::Tensor y = x;
-  if (scale)
-    y = y * at::from_blob(const_cast<float*>(scale), {x.size(1)});
-  else if (block > 1)
-    y = y.clone();
-  if (block > 1) transform_rows(y, block);
-  return padded(y, features);
+Rows rows_of(const at::Tensor& x, int64_t first) {
+  char* data = static_cast<char*>(x.data_ptr()) + first * x.size(1) * x.element_size();
+  return {data, x.size(1), x.scalar_type() == at::kBFloat16};
 }
 
-at::Tensor leave_frame(const at::Tensor& y, const float* scale, int64_t block, int64_t features) {
-  at::Tensor x = y.size(1) == features ? y : y.narrow(1, 0, features).contiguous();
-  if (block > 1) transform_rows(x, block);
-  if (scale) x.mul_(at::from_blob(const_cast<float*>(scale), {features}));
-  return x;
+// after * Hadamard(before * x) on the first n columns, `width` columns wide, in `type`.
+at::Tensor through_frame(const at::Tensor& x, int64_t n, int64_t width, const float* before,
+                         int64_t block, const float* after, at::ScalarType type) {
+  const auto narrow = type == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  if (!before && !after && block == 1 && x.size(1) == width && x.scalar_type() == narrow)
+    return x.to(type);
+  at::Tensor y = at::empty({x.size(0), width}, narrow);
+  parallel_for(x.size(0), 1, [&](int64_t begin, int64_t end) {
+    frame_rows(rows_of(x, begin), rows_of(y, begin), end - begin, n, width, before, block, after);
+  });
+  return y.to(type);
 }
 
 const float* param(const Layer& layer, int index) {
@@ -89,9 +86,8 @@ struct Panels {
   int64_t rows;
   at::Tensor buffer;
 
-  Panels(const Row& row, const Layer& layer, int64_t elements, bool half)
+  Panels(const Row& row, const Layer& layer, int64_t elements, at::ScalarType type)
       : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
-    const auto type = half && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
     // Kept by the thread: fresh pages for every call cost as much as decoding into them.
     thread_local at::Tensor kept[2];
     at::Tensor& pages = kept[type == at::kFloat];
@@ -99,7 +95,6 @@ struct Panels {
       pages = at::empty({rows * layer.in}, type);
     buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
   }
-  at::ScalarType type() const { return buffer.scalar_type(); }
   template <class Visit>
   void each(Visit&& visit) {
     for (int64_t r = 0; r < layer.out; r += rows) {
@@ -118,30 +113,61 @@ int64_t input_gradient_panel(int64_t batch) {
   return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
 }
 
-at::Tensor inner_linear(const Row& row, const Layer& layer, const at::Tensor& x) {
-  const int64_t m = x.size(0);
-  at::Tensor y = at::empty({m, layer.out});
-  if (row.linear && m <= row.linear_max_m &&
-      !(exact() && std::string_view(row.linear_type) != "float32")) {
-    row.linear(layer, x.data_ptr<float>(), m, y.data_ptr<float>());
-    return y;
-  }
-  Panels panels(row, layer, product_panel(m), bf16_panels());
-  const at::Tensor cast = x.to(panels.type());
-  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
-    y.narrow(1, r, n).copy_(at::mm(cast, panel.t()));
-  });
-  return y;
+at::ScalarType panel_type(const Row& row) {
+  return bf16_panels() && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
 }
 
-at::Tensor inner_grad_input(const Row& row, const Layer& layer, const at::Tensor& grad) {
-  Panels panels(row, layer, input_gradient_panel(grad.size(0)), bf16_panels());
-  const at::Tensor cast = grad.to(panels.type());
-  at::Tensor dx = at::zeros({grad.size(0), layer.in});
+at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
+                       at::ScalarType result) {
+  const int64_t m = x.size(0);
+  const bool direct = row.linear && m <= row.linear_max_m &&
+                      !(exact() && std::string_view(row.linear_type) != "float32");
+  const auto type = direct ? at::kFloat : panel_type(row);
+  const at::Tensor inside =
+      through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
+  at::Tensor y = at::empty({m, layer.out}, type);
+  if (direct) {
+    row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+  } else {
+    Panels panels(row, layer, product_panel(m), type);
+    panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+      y.narrow(1, r, n).copy_(at::mm(inside, panel.t()));
+    });
+  }
+  return through_frame(y, shape.out, shape.out, nullptr, row.out_block, param(layer, row.out_scale),
+                       result);
+}
+
+at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
+                           at::ScalarType result) {
+  const auto type = panel_type(row);
+  const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
+                                          row.out_block, nullptr, type);
+  Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
+  at::Tensor dx = at::empty({grad.size(0), layer.in});
+  at::Tensor part = at::empty({grad.size(0), layer.in}, type);
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
-    dx.add_(at::mm(cast.narrow(1, r, n), panel));
+    at::mm_out(part, inside.narrow(1, r, n), panel);
+    if (r)
+      dx.add_(part);
+    else
+      dx.copy_(part);
   });
-  return dx;
+  return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
+                       result);
+}
+
+// The sum over terms, in float32 where there are several.
+template <class Product>
+at::Tensor sum_terms(const Bound& bound, at::ScalarType result, Product&& product) {
+  const bool single = bound.layers.size() == 1;
+  at::Tensor sum;
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const at::Tensor term =
+        product((*bound.terms)[t].row, bound.layers[t], single ? result : at::kFloat);
+    sum = sum.defined() ? sum + term : term;
+  }
+  return sum.to(result);
 }
 
 }  // namespace
@@ -201,16 +227,11 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList p
   sizes.back() = out;
   const at::Tensor rows = flat(x, in);
   if (!rows.numel() || !out) return at::zeros(sizes, x.options());
-  at::Tensor y;
-  for (size_t t = 0; t < bound.layers.size(); ++t) {
-    const Row& row = (*bound.terms)[t].row;
-    const Layer& layer = bound.layers[t];
-    const at::Tensor inner = inner_linear(
-        row, layer, enter_frame(rows, param(layer, row.in_scale), row.in_block, layer.in));
-    const at::Tensor term = leave_frame(inner, param(layer, row.out_scale), row.out_block, out);
-    y = y.defined() ? y.add_(term) : term;
-  }
-  return y.to(x.scalar_type()).view(sizes);
+  return sum_terms(bound, x.scalar_type(),
+                   [&](auto& row, auto& layer, auto type) {
+                     return term_linear(row, layer, bound.shape, rows, type);
+                   })
+      .view(sizes);
 }
 
 at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
@@ -222,16 +243,11 @@ at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at
   sizes.back() = in;
   const at::Tensor rows = flat(grad, out);
   if (!rows.numel() || !in) return at::zeros(sizes, grad.options());
-  at::Tensor dx;
-  for (size_t t = 0; t < bound.layers.size(); ++t) {
-    const Row& row = (*bound.terms)[t].row;
-    const Layer& layer = bound.layers[t];
-    const at::Tensor inner = inner_grad_input(
-        row, layer, enter_frame(rows, param(layer, row.out_scale), row.out_block, layer.out));
-    const at::Tensor term = leave_frame(inner, param(layer, row.in_scale), row.in_block, in);
-    dx = dx.defined() ? dx.add_(term) : term;
-  }
-  return dx.to(grad.scalar_type()).view(sizes);
+  return sum_terms(bound, grad.scalar_type(),
+                   [&](auto& row, auto& layer, auto type) {
+                     return term_grad_input(row, layer, bound.shape, rows, type);
+                   })
+      .view(sizes);
 }
 
 namespace {
@@ -442,8 +458,8 @@ at::Tensor hadamard(const at::Tensor& x, int64_t block) {
       block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
       "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
       x.sizes());
-  at::Tensor rows = flat(x, x.size(-1));
-  if (!rows.numel()) return x.clone();
+  if (!x.numel()) return x.clone();
+  at::Tensor rows = flat(x, x.size(-1)).to(at::kFloat);
   if (rows.data_ptr() == x.data_ptr()) rows = rows.clone();
   if (block > 1) transform_rows(rows, block);
   return rows.to(x.scalar_type()).view(x.sizes());
