@@ -247,8 +247,10 @@ def test_an_error_in_the_progress_callback_stops_the_encode_and_comes_through():
 
 def test_ctrl_c_ends_a_long_encode_within_about_a_second():
     program = textwrap.dedent("""
-        import torch, reality_stone as rs
+        import signal, torch, reality_stone as rs
         from reality_stone import ops
+        # A job that a shell started in the background inherits SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         weight = torch.randn(1, 1 << 20).expand(64, -1)  # minutes of work
         def tell(done, total):
             if done:
