@@ -39,13 +39,6 @@ at::Tensor flat(const at::Tensor& x, int64_t features) {
   return x.reshape({features ? x.numel() / features : 0, features}).to(type).contiguous();
 }
 
-void transform_rows(at::Tensor& x, int64_t block) {
-  const int64_t n = x.size(1);
-  parallel_for(x.size(0), 1, [&](int64_t begin, int64_t end) {
-    hadamard_rows(x.data_ptr<float>() + begin * n, end - begin, n, block);
-  });
-}
-
 Rows rows_of(const at::Tensor& x, int64_t first) {
   char* data = static_cast<char*>(x.data_ptr()) + first * x.size(1) * x.element_size();
   return {data, x.size(1), x.scalar_type() == at::kBFloat16};
@@ -62,6 +55,14 @@ at::Tensor through_frame(const at::Tensor& x, int64_t n, int64_t width, const fl
     frame_rows(rows_of(x, begin), rows_of(y, begin), end - begin, n, width, before, block, after);
   });
   return y.to(type);
+}
+
+// Both Hadamard transforms on whole blocks of rows, `width` apart, of which the first n columns
+// count.
+void rotate(const Row& row, float* x, int64_t rows, int64_t width, int64_t n) {
+  if (row.in_block > 1)
+    for (int64_t i = 0; i < rows; ++i) hadamard_rows(x + i * width, 1, n, row.in_block);
+  hadamard_columns(x, rows, width, row.out_block);
 }
 
 const float* param(const Layer& layer, int index) {
@@ -157,17 +158,24 @@ at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, cons
                        result);
 }
 
-// The sum over terms, in float32 where there are several.
+// Checks x (..., from) and gives (..., to) in its dtype: the sum of `product` over the terms, in
+// float32 where there are several.
 template <class Product>
-at::Tensor sum_terms(const Bound& bound, at::ScalarType result, Product&& product) {
-  const bool single = bound.layers.size() == 1;
+at::Tensor sum_terms(const char* name, const at::Tensor& x, const Bound& bound,
+                     c10::string_view codec, int64_t from, int64_t to, Product&& product) {
+  check_activation(name, x, from, codec);
+  auto sizes = x.sizes().vec();
+  sizes.back() = to;
+  const at::Tensor rows = flat(x, from);
+  if (!rows.numel() || !to) return at::zeros(sizes, x.options());
+  const auto type = bound.layers.size() == 1 ? x.scalar_type() : at::kFloat;
   at::Tensor sum;
   for (size_t t = 0; t < bound.layers.size(); ++t) {
     const at::Tensor term =
-        product((*bound.terms)[t].row, bound.layers[t], single ? result : at::kFloat);
+        product((*bound.terms)[t].row, bound.layers[t], bound.shape, rows, type);
     sum = sum.defined() ? sum + term : term;
   }
-  return sum.to(result);
+  return sum.to(x.scalar_type()).view(sizes);
 }
 
 }  // namespace
@@ -198,10 +206,7 @@ at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_vi
       for (int64_t r = begin; r < end; r += unit) {
         const int64_t rows = std::min(unit, end - r);
         row.decode(layer, r, r + rows, block.data());
-        if (row.in_block > 1)
-          for (int64_t i = 0; i < rows; ++i)
-            hadamard_rows(block.data() + i * layer.in, 1, in, row.in_block);
-        hadamard_columns(block.data(), rows, layer.in, row.out_block);
+        rotate(row, block.data(), rows, layer.in, in);
         const float *out_scale = param(layer, row.out_scale),
                     *in_scale = param(layer, row.in_scale);
         float* w_rows = w.data_ptr<float>() + r * in;
@@ -221,33 +226,13 @@ at::Tensor decode(const at::Tensor& codes, at::TensorList params, c10::string_vi
 at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
                   c10::string_view codec, at::IntArrayRef shape) {
   const Bound bound = bind_layers(codes, params, codec, shape);
-  const auto [out, in] = bound.shape;
-  check_activation("x", x, in, codec);
-  auto sizes = x.sizes().vec();
-  sizes.back() = out;
-  const at::Tensor rows = flat(x, in);
-  if (!rows.numel() || !out) return at::zeros(sizes, x.options());
-  return sum_terms(bound, x.scalar_type(),
-                   [&](auto& row, auto& layer, auto type) {
-                     return term_linear(row, layer, bound.shape, rows, type);
-                   })
-      .view(sizes);
+  return sum_terms("x", x, bound, codec, bound.shape.in, bound.shape.out, term_linear);
 }
 
 at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
                              c10::string_view codec, at::IntArrayRef shape) {
   const Bound bound = bind_layers(codes, params, codec, shape);
-  const auto [out, in] = bound.shape;
-  check_activation("grad", grad, out, codec);
-  auto sizes = grad.sizes().vec();
-  sizes.back() = in;
-  const at::Tensor rows = flat(grad, out);
-  if (!rows.numel() || !in) return at::zeros(sizes, grad.options());
-  return sum_terms(bound, grad.scalar_type(),
-                   [&](auto& row, auto& layer, auto type) {
-                     return term_grad_input(row, layer, bound.shape, rows, type);
-                   })
-      .view(sizes);
+  return sum_terms("grad", grad, bound, codec, bound.shape.out, bound.shape.in, term_grad_input);
 }
 
 namespace {
@@ -299,14 +284,9 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
                        float* dw, float* block, const BlockGrads& grads) {
   const int64_t in = layer.in;
   const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
-  auto rotate = [&](float* x) {
-    if (row.in_block > 1)
-      for (int64_t i = 0; i < rows; ++i) hadamard_rows(x + i * in, 1, shape.in, row.in_block);
-    hadamard_columns(x, rows, in, row.out_block);
-  };
   if (out_scale || in_scale) {
     row.decode(layer, r, r + rows, block);
-    rotate(block);
+    rotate(row, block, rows, in, shape.in);
     for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
       const float sum = scale_gradients(block + i * in, dw + i * in, shape.in,
                                         out_scale ? out_scale[r + i] : 1.0f, in_scale,
@@ -314,7 +294,7 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
       if (out_scale) grads.pointers[row.out_scale][r + i] += sum;
     }
   }
-  rotate(dw);
+  rotate(row, dw, rows, in, shape.in);
   row.adjoint(layer, r, r + rows, dw, grads.pointers.data());
 }
 
@@ -433,11 +413,9 @@ std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
   inside.copy_(weight);
   if (row.out_scale >= 0) inside.div_(fitted[row.out_scale].unsqueeze(1)).nan_to_num_(0, 0, 0);
   if (row.in_scale >= 0) inside.div_(fitted[row.in_scale]).nan_to_num_(0, 0, 0);
-  if (row.in_block > 1) {
-    for (int64_t r = 0; r < weight.size(0); ++r)
-      hadamard_rows(target.data_ptr<float>() + r * in, 1, weight.size(1), row.in_block);
-  }
-  hadamard_columns(target.data_ptr<float>(), weight.size(0), in, row.out_block);
+  parallel_for(weight.size(0), row.out_block, [&](int64_t begin, int64_t end) {
+    rotate(row, target.data_ptr<float>() + begin * in, end - begin, in, weight.size(1));
+  });
 
   std::vector<float*> outputs;
   for (at::Tensor& p : fitted) outputs.push_back(p.data_ptr<float>());
@@ -458,11 +436,9 @@ at::Tensor hadamard(const at::Tensor& x, int64_t block) {
       block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
       "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
       x.sizes());
-  if (!x.numel()) return x.clone();
-  at::Tensor rows = flat(x, x.size(-1)).to(at::kFloat);
-  if (rows.data_ptr() == x.data_ptr()) rows = rows.clone();
-  if (block > 1) transform_rows(rows, block);
-  return rows.to(x.scalar_type()).view(x.sizes());
+  if (!x.numel() || block == 1) return x.clone(at::MemoryFormat::Contiguous);
+  const int64_t n = x.size(-1);
+  return through_frame(flat(x, n), n, n, nullptr, block, nullptr, x.scalar_type()).view(x.sizes());
 }
 
 at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
