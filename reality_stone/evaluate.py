@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .blocks import inference
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def evaluate(
     """Perplexity of `model`, and its KL divergence from `reference` where one is given."""
     data = windows(tokens, context)
     start, nll, kl, count = time.perf_counter(), 0.0, 0.0, 0
-    with _eval_mode(model, reference):
+    with inference(model), inference(reference) if reference is not None else nullcontext():
         for part in _bar(data.split(batch), "evaluate", progress):
             part = part.to(_device(model))
             log_p = logits(model, part)[:, :-1].float().log_softmax(-1)
@@ -102,17 +105,3 @@ def _device(model: nn.Module) -> torch.device:
 def _bar(parts: tuple[Tensor, ...], label: str, progress: bool) -> Iterator[Tensor]:
     # disable=None: silent unless stderr is a terminal.
     return tqdm(parts, desc=label, leave=False, disable=None if progress else True)
-
-
-class _eval_mode:
-    def __init__(self, *models: nn.Module | None):
-        self.models = [m for m in models if m is not None]
-
-    def __enter__(self):
-        self.before = [m.training for m in self.models]
-        for m in self.models:
-            m.eval()
-
-    def __exit__(self, *_):
-        for m, training in zip(self.models, self.before, strict=True):
-            m.train(training)

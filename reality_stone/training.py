@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .blocks import inference
 from .evaluate import logits
 from .nn import RBELinear
 from .packed import round_to_half
@@ -128,14 +129,12 @@ def _only(model: nn.Module, params: list[nn.Parameter]) -> Iterator[None]:
     """Gradients for these params alone, in eval mode (no dropout against a teacher)."""
     wanted = {id(p) for p in params}
     before = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
-    model.eval()
     for p, _ in before:
         p.requires_grad_(id(p) in wanted)
     try:
-        yield
+        with inference(model):
+            yield
     finally:
         for p, flag in before:
             p.requires_grad_(flag)
             p.grad = None
-        model.train(training)

@@ -105,3 +105,13 @@ def test_a_dense_model_has_nothing_to_train(models, tokens):
         rs.finetune(models[0], tokens)
     with pytest.raises(ValueError, match="mode"):
         rs.finetune(models[1], tokens, mode="other")
+
+
+def test_modules_that_were_in_eval_mode_stay_so(models, tokens):
+    dense, packed = models
+    packed.train()
+    packed.body.eval()
+    rs.evaluate(packed, tokens, context=12, reference=dense, progress=False)
+    rs.finetune(packed, tokens[:16], progress=False)
+    assert packed.training
+    assert not packed.body.training

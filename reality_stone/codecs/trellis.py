@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, flag, hadamard_block
 
@@ -197,8 +196,3 @@ def _viterbi(pairs: Tensor, points: Tensor, k: int, closing: Tensor | None) -> T
         states.append(state)
         end = state >> k
     return torch.stack(states[::-1], 1)
-
-
-def encode_tiles(targets: Tensor, bits: float, search: str = "exact") -> Tensor:
-    """Ring codes of unit-variance targets (tiles, 256) with the default tables."""
-    return ops.trellis_encode(targets, *default_tables(), bits, search)
