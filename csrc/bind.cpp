@@ -76,8 +76,10 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
     for (size_t i = 0; i < row.params.size(); ++i) {
       const at::Tensor& param = params[term.first_param + i];
       const ParamSpec& wanted = row.params[i];
-      TORCH_CHECK_TYPE(param.scalar_type() == at::kFloat, codec, ": param ", term.prefix,
-                       wanted.name, " must be float32, got ", param.scalar_type());
+      const auto type = wanted.codes ? at::kByte : at::kFloat;
+      TORCH_CHECK_TYPE(param.scalar_type() == type, codec, ": param ", term.prefix, wanted.name,
+                       " must be ", wanted.codes ? "uint8" : "float32", ", got ",
+                       param.scalar_type());
       TORCH_CHECK_VALUE(param.sizes() == at::IntArrayRef(wanted.sizes), codec, ": param ",
                         term.prefix, wanted.name, " must have shape ",
                         at::IntArrayRef(wanted.sizes), ", got ", param.sizes());
@@ -85,7 +87,7 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
                         wanted.name, " is on ", param.device(), " but the codes are on ",
                         codes.device());
       bound.alive.push_back(param.contiguous());
-      layer.params.push_back(bound.alive.back().data_ptr<float>());
+      layer.params.push_back(static_cast<const float*>(bound.alive.back().data_ptr()));
     }
     bound.layers.push_back(std::move(layer));
   }

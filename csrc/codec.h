@@ -38,7 +38,7 @@ struct ParamSpec {
   std::string name;
   Axis axis;
   std::vector<int64_t> sizes;
-  bool codes = false;  // uint8 codes of a second term, never trained; all others are float32
+  bool codes = false;  // uint8, never trained; all others are float32
 };
 
 // A term bound to data. `params` follows Row::params; uint8 params are reinterpreted by their

@@ -16,6 +16,9 @@ TORCH_LIBRARY(reality_stone, m) {
   m.def(
       "linear_grad_params(Tensor grad, Tensor x, Tensor codes, Tensor[] params, str codec, int[] "
       "shape) -> Tensor[]");
+  m.def(
+      "decode_grad_params(Tensor grad, Tensor codes, Tensor[] params, str codec, int[] shape) -> "
+      "Tensor[]");
   m.def("check_codes(Tensor codes, Tensor[] params, str codec, int[] shape) -> ()");
   m.def("hadamard(Tensor x, int block) -> Tensor");
   m.def(
@@ -29,6 +32,7 @@ TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
   m.impl("linear", rs::linear);
   m.impl("linear_grad_input", rs::linear_grad_input);
   m.impl("linear_grad_params", rs::linear_grad_params);
+  m.impl("decode_grad_params", rs::decode_grad_params);
   m.impl("check_codes", rs::check_codes);
   m.impl("hadamard", rs::hadamard);
   m.impl("trellis_encode", rs::trellis_encode);

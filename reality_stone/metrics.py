@@ -19,6 +19,12 @@ def rmse(a: Tensor, b: Tensor) -> float:
     return math.sqrt((a.double() - b.double()).pow(2).mean().item())
 
 
+def squared_error(a: Tensor, b: Tensor, importance: Tensor | None = None) -> float:
+    """Sum of (a - b)^2, each column weighed by `importance` (columns,); in float64."""
+    error = (a.double() - b.double()).pow(2)
+    return (error if importance is None else error * importance).sum().item()
+
+
 def hessian_nmse(a: Tensor, b: Tensor, hessian: Tensor) -> float:
     """tr (a-b) H (a-b)^T / tr b H b^T: the relative error of the layer's output, H = E[x x^T]."""
     h = hessian.to(a.device, a.dtype)

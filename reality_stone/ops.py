@@ -32,6 +32,8 @@ SCHEMAS = {
     " -> Tensor",
     "linear_grad_params": "(Tensor grad, Tensor x, Tensor codes, Tensor[] params, str codec,"
     " int[] shape) -> Tensor[]",
+    "decode_grad_params": "(Tensor grad, Tensor codes, Tensor[] params, str codec, int[] shape)"
+    " -> Tensor[]",
     "check_codes": "(Tensor codes, Tensor[] params, str codec, int[] shape) -> ()",
     "hadamard": "(Tensor x, int block) -> Tensor",
     "trellis_encode": "(Tensor targets, Tensor radius, Tensor angle, float bits, str search)"
@@ -111,6 +113,13 @@ def linear_grad_params(
     return _ops.linear_grad_params(grad, x, codes, list(params), codec, list(shape))
 
 
+def decode_grad_params(
+    grad: Tensor, codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
+) -> list[Tensor]:
+    """Gradient of each param for dLoss/dW = grad (out, in) float32: the adjoint of decode."""
+    return _ops.decode_grad_params(grad, codes, list(params), codec, list(shape))
+
+
 def check_codes(codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]) -> None:
     """Raise ValueError unless every tile is a code the encoder could have written."""
     _ops.check_codes(codes, list(params), codec, list(shape))
@@ -148,12 +157,21 @@ def _(grad, codes, params, codec, shape):
 
 @torch.library.register_fake("reality_stone::linear_grad_params", lib=_library)
 def _(grad, x, codes, params, codec, shape):
+    return _param_gradients(params)
+
+
+def _param_gradients(params):
     return [
         torch.empty_like(p, memory_format=torch.contiguous_format)
         if p.is_floating_point()
         else p.new_empty(0, dtype=torch.float32)
         for p in params
     ]
+
+
+@torch.library.register_fake("reality_stone::decode_grad_params", lib=_library)
+def _(grad, codes, params, codec, shape):
+    return _param_gradients(params)
 
 
 @torch.library.register_fake("reality_stone::check_codes", lib=_library)
@@ -228,10 +246,8 @@ def _decode_setup(ctx, inputs, output):
 
 
 def _decode_backward(ctx, grad):
-    # dLoss/dW = grad is the product rule for x = identity: y = W.T, so grad of y is grad.T.
     codes, *params = ctx.saved_tensors
-    eye = torch.eye(ctx.shape[1], device=grad.device)
-    dparams = linear_grad_params(grad.t().float(), eye, codes, params, ctx.codec, ctx.shape)
+    dparams = decode_grad_params(grad.float(), codes, params, ctx.codec, ctx.shape)
     wanted = _wanted(ctx, 1, params)
     return None, [g if w else None for g, w in zip(dparams, wanted, strict=True)], None, None
 

@@ -58,18 +58,27 @@ def linear_grad_input(grad, codes, params, codec, shape):
 
 
 def linear_grad_params(grad, x, codes, params, codec, shape):
-    if not grad.numel() or not x.numel():
+    dtype = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
+    dw = torch.zeros(tuple(shape), dtype=dtype, device=x.device)
+    if grad.numel() and x.numel():
+        dw = grad.reshape(-1, shape[0]).to(dtype).t() @ x.reshape(-1, shape[1]).to(dtype)
+    return decode_grad_params(dw, codes, params, codec, shape)
+
+
+def decode_grad_params(grad, codes, params, codec, shape):
+    if not grad.numel():
         return [
-            torch.zeros_like(p) if p.is_floating_point() else torch.empty(0, device=x.device)
+            torch.zeros_like(p) if p.is_floating_point() else torch.empty(0, device=grad.device)
             for p in params
         ]
     with torch.enable_grad():
         leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in params]
         w = decode(codes, leaves, codec, shape)
         wanted = [p for p in leaves if p.requires_grad]
-        dw = grad.reshape(-1, shape[0]).to(w.dtype).t() @ x.reshape(-1, shape[1]).to(w.dtype)
-        found = iter(torch.autograd.grad(w, wanted, dw, allow_unused=True, materialize_grads=True))
-    return [next(found) if p.requires_grad else torch.empty(0, device=x.device) for p in leaves]
+        found = iter(
+            torch.autograd.grad(w, wanted, grad, allow_unused=True, materialize_grads=True)
+        )
+    return [next(found) if p.requires_grad else torch.empty(0, device=grad.device) for p in leaves]
 
 
 def encode(weight, importance, params, codec):
@@ -111,6 +120,7 @@ KERNELS = {
     "linear": linear,
     "linear_grad_input": linear_grad_input,
     "linear_grad_params": linear_grad_params,
+    "decode_grad_params": decode_grad_params,
     "check_codes": check_codes,
     "hadamard": lambda x, block: hadamard(x, block).clone(),
     "trellis_encode": trellis_encode,

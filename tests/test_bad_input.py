@@ -79,6 +79,7 @@ def raises_everywhere(packed, kind, match):
         lambda: ops.linear(x, *args),
         lambda: ops.linear_grad_input(grad, *args),
         lambda: ops.linear_grad_params(grad, x, *args),
+        lambda: ops.decode_grad_params(torch.ones(out, n), *args),
     ):
         with pytest.raises(kind, match=match):
             call()
@@ -131,6 +132,10 @@ def test_activations_of_another_size_or_dtype_are_refused(codec):
     for x, grad in [((2, 50), (3, 33)), ((2, 3, 50), (6, 33)), ((50,), (1, 33))]:
         with pytest.raises(ValueError, match="same batch shape"):
             ops.linear_grad_params(torch.zeros(grad), torch.zeros(x), *args)
+    with pytest.raises(ValueError, match="grad must have shape"):
+        ops.decode_grad_params(torch.zeros(50, 33), *args)
+    with pytest.raises(TypeError, match="grad must be float32"):
+        ops.decode_grad_params(torch.zeros(33, 50).half(), *args)
 
 
 @DEFAULTS

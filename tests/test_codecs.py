@@ -139,7 +139,8 @@ def test_uniform_is_no_worse_than_the_best_uniform_quantizer(bits):
 def test_more_bits_give_less_error(codec):
     kind = REGISTRY[codec.name]
     weight = walk.gaussian(64, 128)
-    rates = [c for c in (walk._try(kind.at_bits, b) for b in (1.5, 2, 3, 4)) if c is not None]
+    few = sorted(kind.rates) or (1.5, 2, 3, 4)
+    rates = [c for c in (walk._try(kind.at_bits, b) for b in few) if c is not None]
     errors = [walk.nmse(c.encode(weight).decode(), weight) for c in rates]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1

@@ -210,6 +210,12 @@ class Judge:
         x, grad = x.double(), grad.double()
         return [(grad @ self.w).detach(), *self.param_grads(grad.t() @ x)]
 
+    def dw_noise(self, dw, size):
+        """How far each param's gradient moves when dLoss/dW is off by up to `size` of itself."""
+        off = dw * (1 + size * (2 * torch.rand(dw.shape, dtype=torch.float64) - 1))
+        pairs = zip(self.param_grads(off), self.param_grads(dw), strict=True)
+        return [None if a is None else (a - b).norm() for a, b in pairs]
+
     def noise(self, x, grad, size):
         """How far each gradient moves (root mean square of four trials, absolute) when operands
         and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
@@ -228,6 +234,22 @@ class Judge:
                 if a is not None:
                     squares[i] += ((a - b) ** 2).sum().item() / 4
         return [s**0.5 for s in squares]
+
+
+@EVERY
+def test_the_gradient_of_decode_is_that_of_autograd_through_the_reference(codec):
+    for shape in [(33, 50), (128, 256), (1, 17), (0, 16), (16, 0)]:
+        packed = walk.random_layer(codec, shape)
+        grad = walk.gaussian(*shape)
+        got = ops.decode_grad_params(grad, *walk.arguments(packed))
+        if not grad.numel():
+            assert not any(g.any() for g in got)
+            continue
+        judge = Judge(packed)
+        noise = judge.dw_noise(grad.double(), 8 * EPS)
+        for a, b, n in zip(got, judge.param_grads(grad.double()), noise, strict=True):
+            assert b is not None or a.numel() == 0
+            assert b is None or (a - b).norm() <= 16 * EPS * b.norm() + 2 * n
 
 
 def kernel_grads(packed, x, grad):
@@ -376,6 +398,7 @@ def test_products_pass_opcheck(codec, dtype):
     opcheck(_ops.linear, (x.clone().requires_grad_(), codes, leaves, name, shape), **how)
     opcheck(_ops.linear_grad_input, (grad, codes, plain, name, shape), **how)
     opcheck(_ops.linear_grad_params, (grad, x, codes, plain, name, shape), **how)
+    opcheck(_ops.decode_grad_params, (walk.gaussian(16, 32), codes, plain, name, shape))
 
 
 @DEFAULTS

@@ -34,7 +34,7 @@ def settings(name: str) -> list[Codec]:
     """The defaults, every rate, every flag either way, and each other field at a few values."""
     kind = REGISTRY[name]
     default = kind()
-    found = [default, *(_try(kind.at_bits, bits) for bits in RATES)]
+    found = [default, *(_try(kind.at_bits, bits) for bits in rates(kind))]
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name)
         if isinstance(value, bool):
@@ -44,22 +44,38 @@ def settings(name: str) -> list[Codec]:
         elif isinstance(value, Codec):
             others = [REGISTRY[n]() for n in NAMES]
             found += [_try(dataclasses.replace, default, **{field.name: o}) for o in others]
+        elif "choices" in field.metadata:
+            found += [
+                _try(dataclasses.replace, c, **{field.name: word})
+                for c in list(found)
+                if c
+                for word in field.metadata["choices"][1:]
+            ]
         elif isinstance(value, (int, float)) and field.name != "bits":
             found += [_try(dataclasses.replace, default, **{field.name: v}) for v in WHOLE_NUMBERS]
     return list(dict.fromkeys(c for c in found if c is not None))
 
 
 def few(name: str) -> list[Codec]:
-    """The defaults, the lowest and highest rate, and every other flag: for tests that encode."""
+    """The defaults, the lowest and highest rate, every other flag and word: for tests that
+    encode."""
     kind = REGISTRY[name]
     default = kind()
-    rated = [c for c in (_try(kind.at_bits, bits) for bits in RATES) if c is not None]
+    rated = [c for c in (_try(kind.at_bits, bits) for bits in rates(kind)) if c is not None]
     found = [default, rated[0], rated[-1]]
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name)
         if isinstance(value, bool):
             found.append(dataclasses.replace(default, **{field.name: not value}))
+        for word in field.metadata.get("choices", ())[1:]:
+            found.append(_try(dataclasses.replace, default, **{field.name: word}))
+    found = [c for c in found if c is not None]
     return list(dict.fromkeys(found))
+
+
+def rates(kind: type[Codec]) -> list[float]:
+    """Bits per weight to ask a codec for."""
+    return sorted(kind.rates) or list(RATES)
 
 
 def _try(make, *args, **kwargs):

@@ -118,17 +118,49 @@ at::ScalarType panel_type(const Row& row) {
   return bf16_panels() && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
 }
 
+// Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
+constexpr int64_t kRowProduct = 4;
+
+RS_CLONES float dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t kLanes = 64;  // partial sums in a fixed order, whatever the vector width
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  for (; i < n; ++i) lanes[i % kLanes] += a[i] * b[i];
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// y[m * out] = x[m * in] @ T^T in float32.
+void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
+  const int64_t unit = row.tile.rows, in = layer.in;
+  parallel_for(layer.out, unit, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(static_cast<size_t>(unit * in));
+    for (int64_t r = begin; r < end; r += unit) {
+      row.decode(layer, r, r + unit, w.data());
+      for (int64_t i = 0; i < unit; ++i)
+        for (int64_t b = 0; b < m; ++b)
+          y[b * layer.out + r + i] = dot(w.data() + i * in, x + b * in, in);
+    }
+  });
+}
+
 at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
                        at::ScalarType result) {
   const int64_t m = x.size(0);
   const bool direct = row.linear && m <= row.linear_max_m &&
                       !(exact() && std::string_view(row.linear_type) != "float32");
-  const auto type = direct ? at::kFloat : panel_type(row);
+  const bool by_row = !direct && m <= kRowProduct;
+  const auto type = direct || by_row ? at::kFloat : panel_type(row);
   const at::Tensor inside =
       through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
   at::Tensor y = at::empty({m, layer.out}, type);
   if (direct) {
     row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+  } else if (by_row) {
+    row_product(row, layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
   } else {
     Panels panels(row, layer, product_panel(m), type);
     panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
@@ -247,7 +279,8 @@ struct BlockGrads {
     for (size_t i = 0; i < row.params.size(); ++i) {
       const bool sliced = row.params[i].axis == Axis::out || row.params[i].axis == Axis::both;
       own.emplace_back(sliced ? 0 : static_cast<size_t>(grads[i].numel()), 0.0f);
-      pointers.push_back(sliced ? grads[i].data_ptr<float>() : own.back().data());
+      float* whole = grads[i].numel() ? grads[i].data_ptr<float>() : nullptr;
+      pointers.push_back(sliced ? whole : own.back().data());
     }
   }
   void add_to(Tensors& grads) const {
@@ -298,25 +331,15 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
   row.adjoint(layer, r, r + rows, dw, grads.pointers.data());
 }
 
-}  // namespace
-
-Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
-                           at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
-  const Bound bound = bind_layers(codes, params, codec, sizes);
-  const auto [out, in] = bound.shape;
-  check_activation("x", x, in, codec);
-  check_activation("grad", grad, out, codec);
-  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
-                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ",
-                    grad.sizes());
+// Gradients of all params given dLoss/dW, of which `fill(r, real, dw)` writes rows [r, r + real)
+// into a zeroed (rows, padded in).
+template <class Fill>
+Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
   Tensors all;
   for (const at::Tensor& p : params)
     all.push_back(p.scalar_type() == at::kFloat ? at::zeros(p.sizes(), p.options())
                                                 : at::empty({0}));
-  at::Tensor x_rows = flat(x, in), g_rows = flat(grad, out);
-  if (!x_rows.numel() || !out) return all;
-  const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
-  x_rows = x_rows.to(type), g_rows = g_rows.to(type);
+  if (!bound.shape.out || !bound.shape.in) return all;
   for (size_t t = 0; t < bound.layers.size(); ++t) {
     const Term& term = (*bound.terms)[t];
     const Row& row = term.row;
@@ -328,9 +351,9 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
     const int64_t block = round_up(std::min<int64_t>(128, layer.out), unit);
     const int64_t step = std::max<int64_t>(1, (int64_t{1} << 22) / (block * layer.in)) * block;
     for (int64_t r0 = 0; r0 < layer.out; r0 += step) {
-      const int64_t rows = std::min(step, layer.out - r0), real = std::min(rows, out - r0);
+      const int64_t rows = std::min(step, layer.out - r0);
       at::Tensor dw = at::zeros({rows, layer.in});
-      dw.narrow(0, 0, real).narrow(1, 0, in).copy_(at::mm(g_rows.narrow(1, r0, real).t(), x_rows));
+      fill(r0, std::min(rows, bound.shape.out - r0), dw);
       const int64_t blocks = (rows + block - 1) / block;
       std::vector<BlockGrads> partial;
       for (int64_t b = 0; b < blocks; ++b) partial.emplace_back(row, grads);
@@ -346,6 +369,38 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
     }
   }
   return all;
+}
+
+}  // namespace
+
+Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
+                           at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
+  const Bound bound = bind_layers(codes, params, codec, sizes);
+  const auto [out, in] = bound.shape;
+  check_activation("x", x, in, codec);
+  check_activation("grad", grad, out, codec);
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
+                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ",
+                    grad.sizes());
+  const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
+  const at::Tensor x_rows = flat(x, in).to(type), g_rows = flat(grad, out).to(type);
+  return grad_params(bound, params, [&](int64_t r, int64_t real, at::Tensor& dw) {
+    dw.narrow(0, 0, real)
+        .narrow(1, 0, x_rows.size(1))
+        .copy_(at::mm(g_rows.narrow(1, r, real).t(), x_rows));
+  });
+}
+
+Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
+                           c10::string_view codec, at::IntArrayRef sizes) {
+  const Bound bound = bind_layers(codes, params, codec, sizes);
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, codec, ": grad must be float32, got ",
+                   grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.sizes() == sizes, codec, ": grad must have shape ", sizes, ", got ",
+                    grad.sizes());
+  return grad_params(bound, params, [&](int64_t r, int64_t real, at::Tensor& dw) {
+    dw.narrow(0, 0, real).narrow(1, 0, grad.size(1)).copy_(grad.narrow(0, r, real));
+  });
 }
 
 namespace {
@@ -418,7 +473,7 @@ std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
   });
 
   std::vector<float*> outputs;
-  for (at::Tensor& p : fitted) outputs.push_back(p.data_ptr<float>());
+  for (at::Tensor& p : fitted) outputs.push_back(static_cast<float*>(p.data_ptr()));
   const Layer& layer = bound.layers[0];
   in_chunks(layer.tile_rows() * layer.tile_cols(), row.encode_batch,
             [&](int64_t tile0, int64_t tile1) {

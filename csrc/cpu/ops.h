@@ -21,6 +21,9 @@ at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at
                              c10::string_view codec, at::IntArrayRef shape);
 Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
                            at::TensorList params, c10::string_view codec, at::IntArrayRef shape);
+// The gradient of every param given dLoss/dW = grad (out, in): the adjoint of decode.
+Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
+                           c10::string_view codec, at::IntArrayRef shape);
 at::Tensor hadamard(const at::Tensor& x, int64_t block);
 at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
                           const at::Tensor& angle, double bits, c10::string_view search);

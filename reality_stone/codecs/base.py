@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .. import ops
 from ..feedback import Hessian, encode_with_feedback, refit_scales
-from ..packed import Packed
+from ..fitting import alternate
+from ..metrics import squared_error
+from ..packed import Packed, round_to_half
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Codec(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    # Settings by their nominal bits per weight, for codecs that have no setting `bits`.
+    rates: ClassVar[dict[float, dict[str, Any]]] = {}
+    # Shared params that encode refits in turns with the codes: every weight is linear in one entry.
+    refits: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def tile(self, shape: tuple[int, int]) -> Tile: ...
@@ -67,9 +73,10 @@ class Codec(ABC):
 
     @abstractmethod
     def initial_params(
-        self, weight: Tensor, seed: int, feedback: bool = False
+        self, weight: Tensor, seed: int, feedback: bool = False, importance: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Params to start the encoder from; `feedback`: errors are fed back into the targets."""
+        """Params to start the encoder from; `feedback`: errors are fed back into the targets,
+        `importance` (in,): positive weights of the columns."""
 
     @abstractmethod
     def encode_reference(
@@ -87,8 +94,13 @@ class Codec(ABC):
 
     @classmethod
     def at_bits(cls, bits: float) -> Codec:
-        """The codec's usual settings at this many bits per weight."""
-        return cls(bits=bits)
+        """The codec's usual settings at this many bits per weight. ValueError where it has none."""
+        if not cls.rates:
+            return cls(bits=bits)
+        if bits not in cls.rates:
+            known = ", ".join(f"{rate:g}" for rate in sorted(cls.rates))
+            raise ValueError(f"{cls.name}: bits must be one of {known}, got {bits!r}")
+        return cls(**cls.rates[bits])
 
     # --- text ---
 
@@ -129,17 +141,29 @@ class Codec(ABC):
         feedback = (
             prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2)
         )
-        params = self.initial_params(weight, seed, feedback)
+        importance = None if prepared is None else prepared.diagonal()
+        check_finite(weight, self.name)
+        params = self.initial_params(weight, seed, feedback, importance)
+        if self.refits and weight.numel():
+            params = alternate(self, weight, params, importance)
         if feedback:
             codes, params = encode_with_feedback(self, weight, params, prepared)
+            packed = Packed(self, shape, codes, params)
         else:
-            importance = None if prepared is None else prepared.diagonal()
-            codes, fitted = ops.encode(weight, importance, list(params.values()), self.spec)
-            params = dict(zip(params, fitted, strict=True))
-        packed = Packed(self, shape, codes, params)
-        if "out_scale" in params and weight.numel():
-            params |= refit_scales(packed, weight, prepared)
+            packed = self._plain(weight, importance, params)
+        if "out_scale" not in params or not weight.numel():
+            return packed
+        packed.params |= refit_scales(packed, weight, prepared)
+        if self.refits and not feedback:  # codes for the scales that the first codes asked for
+            again = self._plain(weight, importance, packed.params)
+            again.params |= refit_scales(again, weight, prepared)
+            packed = min(packed, again, key=lambda p: squared_error(p.decode(), weight, importance))
         return packed
+
+    def _plain(self, weight, importance, params: dict[str, Tensor]) -> Packed:
+        codes, fitted = ops.encode(weight, importance, list(params.values()), self.spec)
+        shape = (weight.shape[0], weight.shape[1])
+        return Packed(self, shape, codes, dict(zip(params, fitted, strict=True)))
 
     def decode_reference(
         self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]
@@ -179,6 +203,34 @@ def check_weight(weight: Tensor, name: str) -> Tensor:
     if not weight.is_floating_point():
         raise TypeError(f"{name}: weight must be floating point, got {weight.dtype}")
     return weight.detach().to("cpu", torch.float32).contiguous()
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """ValueError at the first NaN or infinity, naming where it is."""
+    finite = weight.isfinite()
+    if not bool(finite.all()):
+        at = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(f"{name}: the weight is not finite at {at}: {weight[at].item()}")
+
+
+def row_scale(weight: Tensor) -> Tensor:
+    """Root mean square of each row (out,), held to float16 values: a usual first out_scale."""
+    peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return round_to_half(((weight / peak).pow(2).mean(1, keepdim=True).sqrt() * peak)[:, 0])
+
+
+def one_of(*choices: str) -> Any:
+    """A field that holds one of these words, the first by default; see check_words."""
+    return dataclasses.field(default=choices[0], metadata={"choices": choices})
+
+
+def check_words(codec: Codec) -> None:
+    """ValueError when a field made by one_of holds another word."""
+    for f in dataclasses.fields(codec):
+        choices, value = f.metadata.get("choices"), getattr(codec, f.name)
+        if choices and value not in choices:
+            words = ", ".join(choices[:-1]) + " or " + choices[-1]
+            raise ValueError(f"{codec.name}: {f.name} must be {words}, got {value!r}")
 
 
 def whole_number(value: Any, low: int, high: int, what: str) -> int:

@@ -48,7 +48,7 @@ class Sparse(Codec):
     def params(self, shape):
         return (Param("scale", (shape[0],), "out"),)
 
-    def initial_params(self, weight, seed, feedback=False):
+    def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"scale": torch.zeros(weight.shape[0])}
 
     def encode(self, weight, hessian=None, *, seed=0, label=""):

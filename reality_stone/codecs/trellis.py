@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..packed import round_to_half
-from .base import Codec, Param, Tile, flag, hadamard_block
+from .base import Codec, Param, Tile, check_words, flag, hadamard_block, one_of
 
 MULTIPLIER = 0xC83918A1
 STATES = 65536
@@ -33,14 +33,13 @@ class Trellis(Codec):
     name: ClassVar[str] = "trellis"
     bits: float = 2
     rotate: bool = True
-    search: str = "exact"
+    search: str = one_of("exact", "fast")
 
     def __post_init__(self):
         if self.bits not in GAIN:
             raise ValueError(f"trellis: bits must be 1.5, 2, 2.5, 3, 3.5 or 4, got {self.bits!r}")
         flag(self.rotate, "trellis: rotate")
-        if self.search not in ("exact", "fast"):
-            raise ValueError(f"trellis: search must be 'exact' or 'fast', got {self.search!r}")
+        check_words(self)
         whole = int(self.bits)
         object.__setattr__(self, "bits", whole if whole == self.bits else float(self.bits))
 
@@ -66,7 +65,7 @@ class Trellis(Codec):
     def inner(self):
         return replace(self, rotate=False)
 
-    def initial_params(self, weight, seed, feedback=False):
+    def initial_params(self, weight, seed, feedback=False, importance=None):
         out, n = weight.shape
         radius, angle = default_tables()
         generator = torch.Generator().manual_seed(seed)

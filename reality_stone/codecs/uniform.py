@@ -37,7 +37,7 @@ class Uniform(Codec):
         scale, zero = Param("scale", sizes, "both"), Param("zero", sizes, "both")
         return (scale,) if self.symmetric else (scale, zero)
 
-    def initial_params(self, weight, seed, feedback=False):
+    def initial_params(self, weight, seed, feedback=False, importance=None):
         return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
 
     def decode_tiles(self, codes, params, shape):

@@ -88,7 +88,8 @@ struct Case {
     for (uint8_t& byte : codes) byte = static_cast<uint8_t>(rng());
     layer.codes = codes.data();
     for (const ParamSpec& p : row.params) {
-      params.emplace_back(product(p.sizes), 1);
+      const int64_t n = product(p.sizes);
+      params.emplace_back(p.codes ? (n + 3) / 4 : n, 1);
       fill(params.back(), kind);
     }
     for (auto& p : params) layer.params.push_back(p.data());
@@ -131,7 +132,10 @@ void adjoint(Case& c, Floats kind) {
   for (auto& p : c.params) grads.emplace_back(p.size);
   for (size_t without = 0; without <= grads.size(); ++without) {
     std::vector<float*> pointers;
-    for (size_t i = 0; i < grads.size(); ++i) pointers.push_back(i == without ? nullptr : grads[i].data());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const bool none = i == without || c.row.params[i].codes;
+      pointers.push_back(none ? nullptr : grads[i].data());
+    }
     c.row.adjoint(c.layer, 0, c.layer.out, dw.data(), pointers.data());
   }
 }

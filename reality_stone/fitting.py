@@ -1,0 +1,124 @@
+"""Shared params from weights: k-means for a start, then least squares in turns with the codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .metrics import squared_error
+from .packed import Packed, round_to_half
+
+if TYPE_CHECKING:
+    from .codecs.base import Codec
+
+SAMPLE = 1 << 18  # weights that shared params are fitted on
+ROUNDS = 24
+ENOUGH = 1e-3  # a smaller relative gain ends the turns
+
+
+def alternate(
+    codec: Codec, weight: Tensor, params: dict[str, Tensor], importance: Tensor | None
+) -> dict[str, Tensor]:
+    """`params` with those named in `codec.refits` fitted: encode, refit, until the error settles.
+
+    Works on evenly spaced rows, about SAMPLE weights in all, with their out_scale taken off.
+    """
+    tile, shape = codec.tile((weight.shape[0], weight.shape[1])), tuple(weight.shape)
+    count = min(shape[0], max(tile.rows, SAMPLE // shape[1]))
+    at = torch.arange(count) * shape[0] // count
+    rows, own, inner = weight[at], dict(params), codec.inner()
+    weights = torch.ones(shape[1]) if importance is None else importance / importance.max()
+    weights = weights.expand(count, shape[1])
+    if "out_scale" in own:
+        scale = own["out_scale"][at, None]
+        rows = (rows / scale).nan_to_num(0, 0, 0)
+        own["out_scale"] = torch.ones(count)
+        relative = scale.abs() / scale.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        weights = weights * relative.clamp_min(1e-9) ** 2
+    for p in codec.params((count, shape[1])):
+        if p.name in own and tuple(own[p.name].shape) != tuple(p.sizes):
+            own[p.name] = own[p.name].narrow(0, 0, p.sizes[0])
+    best, kept = float("inf"), {name: own[name] for name in codec.refits}
+    for _ in range(ROUNDS):
+        codes, fitted = ops.encode(rows, importance, list(own.values()), inner.spec)
+        own = dict(zip(own, fitted, strict=True))
+        packed = Packed(inner, (count, shape[1]), codes, own)
+        error = squared_error(packed.decode() * weights.sqrt(), rows * weights.sqrt())
+        if not error < best * (1 - ENOUGH):
+            break
+        best, kept = error, {name: own[name] for name in codec.refits}
+        for name in codec.refits:
+            own[name] = packed.params[name] = refit(packed, rows, name, weights)
+    return params | kept
+
+
+def refit(packed: Packed, weight: Tensor, name: str, weights: Tensor) -> Tensor:
+    """The param that is best in least squares for the codes and the other params.
+
+    Every weight must be linear in one entry of it: w = c p[k] gives p[k] = sum h c w / sum h c^2,
+    both sums taken by the adjoint of decode at p = 1. `weights` h (out, in). Held to float16
+    values; entries that no weight uses stay.
+    """
+    index, before = list(packed.params).index(name), packed.params[name]
+    one = replace(packed, params=packed.params | {name: torch.ones_like(before)})
+    arguments = (one.codes, list(one.params.values()), one.codec.spec, one.shape)
+    factor = one.decode()
+    top = ops.decode_grad_params((weights * weight).contiguous(), *arguments)[index]
+    power = ops.decode_grad_params((weights * factor).contiguous(), *arguments)[index]
+    best = top / power
+    return round_to_half(torch.where((power > 0) & best.isfinite(), best, before))
+
+
+def row_sample(weight: Tensor, limit: int) -> Tensor:
+    """Evenly spaced rows of about `limit` weights in all."""
+    count = max(1, min(weight.shape[0], limit // max(1, weight.shape[1])))
+    return weight[torch.arange(count) * weight.shape[0] // count]
+
+
+def kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
+    """Centres (k, d) of points (n, d) by Lloyd's algorithm; deterministic."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = _first_centres(points, k, generator)
+    for _ in range(rounds):
+        # |p - c|^2 without |p|^2
+        nearest = (centres.pow(2).sum(1) / 2 - points @ centres.t()).argmin(1)
+        total = torch.zeros_like(centres).index_add_(0, nearest, points)
+        count = torch.bincount(nearest, minlength=k).to(points.dtype)
+        moved = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def axes(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
+    """Unit vectors (k, d) such that each of points (n, d) is near a multiple, of either sign, of
+    one: k-means on directions, long points counting more."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = _unit(_first_centres(points[points.abs().amax(1) > 0], k, generator))
+    for _ in range(rounds):
+        along, nearest = (points @ lines.t()).abs().max(1)
+        side = (points * lines[nearest]).sum(1, keepdim=True).sign()
+        total = torch.zeros_like(lines).index_add_(0, nearest, points * side * along[:, None])
+        moved = torch.where(total.abs().amax(1, keepdim=True) > 0, _unit(total), lines)
+        if (moved - lines).abs().max() < 1e-4:
+            break
+        lines = moved
+    return lines
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _first_centres(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k of the points by chance; random directions where there are fewer."""
+    order = torch.randperm(len(points), generator=generator)[:k]
+    missing = k - len(order)
+    size = points.abs().mean().item() if len(points) else 1.0
+    more = torch.randn(missing, points.shape[1], generator=generator) * size
+    return torch.cat((points[order], more.to(points.dtype)))
