@@ -280,7 +280,19 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
                 device = devices[entry.name]
                 layer.to_empty(device="cpu" if device.type == "meta" else device)
         _assign(model, names, tensors)
+        _tie_common(model, checkpoint)
     return model
+
+
+def _tie_common(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Tables that were one tensor for several layers are one again."""
+    one: dict[tuple, nn.Parameter] = {}
+    for entry in checkpoint.plan:
+        layer, places = model.get_submodule(entry.name), stored_names(checkpoint.header, entry)
+        for name in entry.codec.common:
+            own = getattr(layer, name)
+            first = one.setdefault((places[f"{entry.prefix}{name}"], own.device, own.dtype), own)
+            setattr(layer, name, first)
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -345,8 +357,9 @@ def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
     for entry in plan:
         coded = {f"{entry.prefix}{p.name}" for p in entry.codec.params(entry.shape) if p.codes}
         coded.add(f"{entry.prefix}codes")
+        places = stored_names(header, entry)
         for name, shape in entry.tensors().items():
-            have = header.entries.get(name)
+            have = header.entries.get(places[name])
             if have is None:
                 raise ValueError(f"{header.path}: tensor {name!r} is missing, the plan needs it")
             wanted = ("U8",) if name in coded else ("F16", "F32", "BF16")
@@ -355,6 +368,18 @@ def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
                     f"{header.path}: tensor {name!r} is {_text(have.dtype, have.shape)}, "
                     f"{entry.codec.spec} needs {' or '.join(wanted)} {list(shape)}"
                 )
+
+
+def stored_names(header: Header, entry: PlanEntry) -> dict[str, str]:
+    """{tensor of the layer: its name in the file}. A table that layers share is stored once."""
+    names = {name: name for name in entry.tensors()}
+    tied = header.record("tied")
+    for common in entry.codec.common:
+        name = f"{entry.prefix}{common}"
+        if name not in header.entries and isinstance(tied, dict):
+            first = tied.get(name)
+            names[name] = first if isinstance(first, str) else name
+    return names
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -373,8 +398,8 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
                 for own in list(layer.state_dict(keep_vars=True)):
                     if own != "bias":
                         state.pop(prefix + own, None)
-                for stored in entry.tensors():
-                    packed[prefix + stored.removeprefix(entry.prefix)] = stored
+                for own, stored in stored_names(checkpoint.header, entry).items():
+                    packed[prefix + own.removeprefix(entry.prefix)] = stored
     tied = checkpoint.header.record("tied")
     tied = tied if isinstance(tied, dict) else {}
     present = {_identity(t): name for name, t in state.items() if name in entries and _is_tensor(t)}
@@ -420,13 +445,14 @@ def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     with header.path.open("rb") as file:
         tensors = {n: tensorfile.read_tensor(header, e, file) for n, e in header.entries.items()}
     for entry in checkpoint.plan:
-        check_layer(header.path, entry, tensors)
+        check_layer(header, entry, tensors)
     return tensors
 
 
-def check_layer(path: Path, entry: PlanEntry, tensors: Mapping[str, Tensor]) -> Packed:
+def check_layer(header: Header, entry: PlanEntry, tensors: Mapping[str, Tensor]) -> Packed:
     """The layer's Packed. Raises ValueError when its codes or params are not valid."""
-    codes, *params = (tensors[name] for name in entry.tensors())
+    path = header.path
+    codes, *params = (tensors[name] for name in stored_names(header, entry).values())
     floats = [p.float() if p.is_floating_point() else p for p in params]
     names = [p.name for p in entry.codec.params(entry.shape)]
     for name, value in zip(names, floats, strict=True):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,13 +26,15 @@ from .blocks import (
 from .codecs import REGISTRY, Codec
 from .codecs import codec as make_codec
 from .nn import RBELinear
+from .packed import storage_bits
 
 SMALLEST = 4096  # weights; below this a layer stays dense
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """error: |W-Q|^2 / |W|^2; hessian_error: the same in the metric of the input, if known."""
+    """error: |W-Q|^2 / |W|^2; hessian_error: the same in the metric of the input, if known. A table
+    that several layers share counts in the first."""
 
     name: str
     shape: tuple[int, int]
@@ -134,6 +137,7 @@ def compress(
         ) as bar,
     ):
         job = _Job(model, chosen, seed, report, bar)
+        job.fit_common()
         if calibration is None:
             for name in targets:
                 job.replace(name, None)
@@ -199,6 +203,27 @@ class _Job:
     seed: int
     report: Report
     bar: tqdm
+    # By codec: the params that its layers share, and the one Parameter each of them became.
+    given: dict[Codec, dict[str, Tensor]] = field(default_factory=dict)
+    shared: dict[tuple, nn.Parameter] = field(default_factory=dict)
+
+    def fit_common(self) -> None:
+        """The tables that a codec wants one of for the whole model."""
+        for codec in dict.fromkeys(c for c in self.chosen.values() if c.common):
+            names = [name for name, c in self.chosen.items() if c == codec]
+            weights = [self.model.get_submodule(name).weight for name in names]
+            self.given[codec] = codec.fit_common(weights, self.seed)
+
+    def tie(self, layer: RBELinear) -> float:
+        """Share the common params with the layers before; the bits that this saves."""
+        saved = 0
+        for name in layer.codec.common:
+            own = getattr(layer, name)
+            one = self.shared.setdefault((layer.codec, name, own.device), own)
+            if one is not own and torch.equal(one, own):
+                saved += storage_bits(own.detach())
+                setattr(layer, name, one)
+        return saved
 
     def replace(self, name: str, hessian: Tensor | None) -> None:
         start = time.perf_counter()
@@ -211,11 +236,13 @@ class _Job:
                 hessian,
                 seed=self.seed + len(self.report.layers),
                 label=name,
+                given=self.given.get(self.chosen[name]),
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         w, q = dense.weight.detach().float(), layer.weight
         usable = hessian is not None and bool(hessian.isfinite().all())
+        saved = self.tie(layer)
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, layer)
         self.report.layers.append(
@@ -223,7 +250,7 @@ class _Job:
                 name,
                 layer.shape,
                 layer.codec.spec,
-                layer.bits_per_weight,
+                layer.bits_per_weight - saved / w.numel(),
                 metrics.nmse(q, w),
                 metrics.hessian_nmse(q, w, hessian) if usable else None,
                 time.perf_counter() - start,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
 
 SAMPLE = 1 << 18  # weights that shared params are fitted on
 ROUNDS = 24
-ENOUGH = 1e-3  # a smaller relative gain ends the turns
+ENOUGH = 2e-3  # a smaller relative gain ends the turns
+CHUNK = 1024  # points whose distances are held at a time
 
 
 def alternate(
-    codec: Codec, weight: Tensor, params: dict[str, Tensor], importance: Tensor | None
+    codec: Codec,
+    weight: Tensor,
+    params: dict[str, Tensor],
+    importance: Tensor | None,
+    names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """`params` with those named in `codec.refits` fitted: encode, refit, until the error settles.
+    """`params` with those of `names` fitted: encode, refit, and so on until the error settles.
 
     Works on evenly spaced rows, about SAMPLE weights in all, with their out_scale taken off.
     """
@@ -42,7 +48,7 @@ def alternate(
     for p in codec.params((count, shape[1])):
         if p.name in own and tuple(own[p.name].shape) != tuple(p.sizes):
             own[p.name] = own[p.name].narrow(0, 0, p.sizes[0])
-    best, kept = float("inf"), {name: own[name] for name in codec.refits}
+    best, kept = float("inf"), {name: own[name] for name in names}
     for _ in range(ROUNDS):
         codes, fitted = ops.encode(rows, importance, list(own.values()), inner.spec)
         own = dict(zip(own, fitted, strict=True))
@@ -50,8 +56,8 @@ def alternate(
         error = squared_error(packed.decode() * weights.sqrt(), rows * weights.sqrt())
         if not error < best * (1 - ENOUGH):
             break
-        best, kept = error, {name: own[name] for name in codec.refits}
-        for name in codec.refits:
+        best, kept = error, {name: own[name] for name in names}
+        for name in names:
             own[name] = packed.params[name] = refit(packed, rows, name, weights)
     return params | kept
 
@@ -84,8 +90,8 @@ def kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     centres = _first_centres(points, k, generator)
     for _ in range(rounds):
-        # |p - c|^2 without |p|^2
-        nearest = (centres.pow(2).sum(1) / 2 - points @ centres.t()).argmin(1)
+        half = centres.pow(2).sum(1) / -2  # |p - c|^2 is twice what is left, without |p|^2
+        nearest = torch.cat([(half + p @ centres.t()).argmax(1) for p in points.split(CHUNK)])
         total = torch.zeros_like(centres).index_add_(0, nearest, points)
         count = torch.bincount(nearest, minlength=k).to(points.dtype)
         moved = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
@@ -101,7 +107,8 @@ def axes(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     lines = _unit(_first_centres(points[points.abs().amax(1) > 0], k, generator))
     for _ in range(rounds):
-        along, nearest = (points @ lines.t()).abs().max(1)
+        found = [(p @ lines.t()).abs().max(1) for p in points.split(CHUNK)]
+        along, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
         side = (points * lines[nearest]).sum(1, keepdim=True).sign()
         total = torch.zeros_like(lines).index_add_(0, nearest, points * side * along[:, None])
         moved = torch.where(total.abs().amax(1, keepdim=True) > 0, _unit(total), lines)

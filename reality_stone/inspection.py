@@ -137,16 +137,16 @@ def _plan(path: Path, quantization: Any, problems: list[str]) -> tuple[list[Plan
 
 
 def _layer(header: Header, entry: PlanEntry, file: Any) -> Layer:
-    wanted = entry.tensors()
-    present = [header.entries[name] for name in wanted if name in header.entries]
-    size = sum(e.bytes for e in present)
+    places = checkpoint.stored_names(header, entry)
+    present = [header.entries[name] for name in places.values() if name in header.entries]
+    size = sum(e.bytes for e in present if e.name in places)  # a shared table in its first layer
     problem = ""
     try:
         checkpoint.check_sizes(header, [entry])
         tensors: Mapping[str, Tensor] = {
             e.name: tensorfile.read_tensor(header, e, file) for e in present
         }
-        checkpoint.check_layer(header.path, entry, tensors)
+        checkpoint.check_layer(header, entry, tensors)
     except ValueError as error:
         problem = str(error)
     rate = 8 * size / max(1, math.prod(entry.shape))

@@ -1,10 +1,14 @@
-"""How far a decoded matrix is from the original."""
+"""How far a decoded matrix or a compressed model is from the original, and what it takes to store.
+
+Functions take (decoded, original).
+"""
 
 from __future__ import annotations
 
 import math
 
 from torch import Tensor
+from torch.nn import functional
 
 
 def nmse(a: Tensor, b: Tensor) -> float:
@@ -17,6 +21,40 @@ def nmse(a: Tensor, b: Tensor) -> float:
 def rmse(a: Tensor, b: Tensor) -> float:
     """Root of the mean squared difference, in the unit of the weights."""
     return math.sqrt((a.double() - b.double()).pow(2).mean().item())
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """20 log10 (peak / rmse) in dB, peak the largest magnitude of b; infinite where a equals b."""
+    error = rmse(a, b)
+    peak = b.abs().max().double().item()
+    if error == 0:
+        return math.inf
+    return 20 * math.log10(peak / error) if peak else -math.inf
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean structural similarity of two matrices seen as images, at most 1.
+
+    Uniform windows of 7 x 7 that lie inside, sample covariances, K1 = .01, K2 = .03, and the data
+    range that of b (Wang, Bovik, Sheikh and Simoncelli, 2004). ValueError below 7 x 7.
+    """
+    if a.shape != b.shape or a.dim() != 2 or min(a.shape) < 7:
+        raise ValueError(
+            f"ssim takes two matrices of one shape of at least 7 x 7, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+    a, b = a.double(), b.double()
+    spread = (b.max() - b.min()).item() or 1.0
+    c1, c2, sample = (0.01 * spread) ** 2, (0.03 * spread) ** 2, 49 / 48
+
+    def mean(x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x[None], 7, stride=1)[0]
+
+    ma, mb = mean(a), mean(b)
+    va, vb = sample * (mean(a * a) - ma * ma), sample * (mean(b * b) - mb * mb)
+    together = sample * (mean(a * b) - ma * mb)
+    top = (2 * ma * mb + c1) * (2 * together + c2)
+    return (top / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean().item()
 
 
 def squared_error(a: Tensor, b: Tensor, importance: Tensor | None = None) -> float:
@@ -36,3 +74,9 @@ def hessian_nmse(a: Tensor, b: Tensor, hessian: Tensor) -> float:
 def shannon_db(error: float, bits: float) -> float:
     """Distance of a normalised error from the Gaussian bound 2^(-2 bits), in dB."""
     return 10 * math.log10(error) + 20 * bits * math.log10(2) if error > 0 else -math.inf
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> float:
+    """Mean over positions of KL(reference || model) in nats, from logits (..., classes)."""
+    log_p, log_q = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).double().mean().item()

@@ -4,6 +4,7 @@
 #include "residual.h"
 #include "sparse.h"
 #include "trellis.h"
+#include "ultra.h"
 #include "uniform.h"
 
 namespace rs {
@@ -17,6 +18,7 @@ constexpr CodecEntry kCodecs[] = {
     {"residual", residual_terms},
     {"sparse", sparse_terms},
     {"trellis", trellis_terms},
+    {"ultra", ultra_terms},
     {"uniform", uniform_terms},
 };
 

@@ -133,14 +133,16 @@ RS_CLONES float dot(const float* a, const float* b, int64_t n) {
   return lanes[0];
 }
 
-// y[m * out] = x[m * in] @ T^T in float32.
+// y[m * out] = x[m * in] @ T^T in float32. Rows are decoded a few at a time: they stay in the
+// second-level cache, and a codec builds its tables once for all of them.
 void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
-  const int64_t unit = row.tile.rows, in = layer.in;
-  parallel_for(layer.out, unit, [&](int64_t begin, int64_t end) {
-    std::vector<float> w(static_cast<size_t>(unit * in));
-    for (int64_t r = begin; r < end; r += unit) {
-      row.decode(layer, r, r + unit, w.data());
-      for (int64_t i = 0; i < unit; ++i)
+  const int64_t in = layer.in, chunk = panel_rows(row, layer, int64_t{1} << 15);
+  parallel_for(layer.out, chunk, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(static_cast<size_t>(chunk * in));
+    for (int64_t r = begin; r < end; r += chunk) {
+      const int64_t rows = std::min(chunk, end - r);
+      row.decode(layer, r, r + rows, w.data());
+      for (int64_t i = 0; i < rows; ++i)
         for (int64_t b = 0; b < m; ++b)
           y[b * layer.out + r + i] = dot(w.data() + i * in, x + b * in, in);
     }

@@ -12,9 +12,10 @@ from .base import Codec, Param, Tile
 from .residual import Residual
 from .sparse import Sparse
 from .trellis import Trellis
+from .ultra import Ultra
 from .uniform import Uniform
 
-REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Uniform)}
+REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Ultra, Uniform)}
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
@@ -26,6 +27,7 @@ __all__ = [
     "Sparse",
     "Tile",
     "Trellis",
+    "Ultra",
     "Uniform",
     "codec",
     "codecs",

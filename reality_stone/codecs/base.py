@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,6 +85,20 @@ class Codec(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Plain-torch encoder of the padded inner matrix; what the C++ encoder is judged by."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether the codec is one term, not the sum of two."""
+        return True
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """Shared params of which a model holds one tensor for all its layers of this codec."""
+        return ()
+
+    def fit_common(self, weights: Sequence[Tensor], seed: int = 0) -> dict[str, Tensor]:
+        """The `common` params for these weights together."""
+        return {}
+
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Hadamard block sizes (out, in) of the frame; 1 for none."""
         return 1, 1
@@ -128,11 +143,13 @@ class Codec(ABC):
         *,
         seed: int = 0,
         label: str = "",
+        given: Mapping[str, Tensor] | None = None,
     ) -> Packed:
         """Compress `weight` (out, in).
 
         `hessian` (in, in) is E[x x^T] of the layer's input: with it, errors are fed back block by
         block of columns and scales are fitted in its metric. `label` names the layer in warnings.
+        Shared params in `given` are used as they are.
         """
         weight = check_weight(weight, self.name)
         shape = (weight.shape[0], weight.shape[1])
@@ -144,8 +161,10 @@ class Codec(ABC):
         importance = None if prepared is None else prepared.diagonal()
         check_finite(weight, self.name)
         params = self.initial_params(weight, seed, feedback, importance)
-        if self.refits and weight.numel():
-            params = alternate(self, weight, params, importance)
+        params |= given or {}
+        fitted = [name for name in self.refits if name not in (given or {})]
+        if fitted and weight.numel():
+            params = alternate(self, weight, params, importance, fitted)
         if feedback:
             codes, params = encode_with_feedback(self, weight, params, prepared)
             packed = Packed(self, shape, codes, params)
@@ -215,6 +234,8 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 def row_scale(weight: Tensor) -> Tensor:
     """Root mean square of each row (out,), held to float16 values: a usual first out_scale."""
+    if not weight.numel():
+        return weight.new_zeros(weight.shape[0])
     peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return round_to_half(((weight / peak).pow(2).mean(1, keepdim=True).sqrt() * peak)[:, 0])
 

@@ -30,9 +30,9 @@ class Residual(Codec):
         for part in (self.base, self.rest):
             if not isinstance(part, Codec):
                 raise ValueError(f"residual: base and rest must be codecs, got {part!r}")
-            if isinstance(part, Residual):
+            if not part.plain:
                 raise ValueError(
-                    "residual: base and rest must be plain codecs, not residuals again"
+                    f"residual: base and rest must be plain codecs, but {part.name} is a sum again"
                 )
         if not (isinstance(self.clip, (int, float)) and 0 <= self.clip < 1e300):
             raise ValueError(f"residual: clip must be 0 or positive and finite, got {self.clip!r}")
@@ -42,31 +42,27 @@ class Residual(Codec):
     def at_bits(cls, bits):
         return cls(base=Trellis.at_bits(bits))
 
+    @property
+    def plain(self):
+        return False
+
     def tile(self, shape):
         return self.base.tile(shape)
 
     def params(self, shape):
-        tile = self.rest.tile(shape)
-        codes = Param("rest_codes", (*tile.grid(shape), tile.bytes), "both", codes=True)
-        rest = [Param(f"rest_{p.name}", p.sizes, p.axis, p.codes) for p in self.rest.params(shape)]
-        return (*self.base.params(shape), codes, *rest)
+        return (*self.base.params(shape), *rest_params(self.rest, shape))
 
-    def encode(self, weight, hessian=None, *, seed=0, label="") -> Packed:
+    def encode(self, weight, hessian=None, *, seed=0, label="", given=None) -> Packed:
         weight = check_weight(weight, self.name)
-        base = self.base.encode(weight, hessian, seed=seed, label=label)
+        base = self.base.encode(weight, hessian, seed=seed, label=label, given=given)
         left = weight - base.decode()
         if self.clip:
             bound = self.clip * weight.abs().max()
             left = left.clamp(-bound, bound)
-        rest = self.rest.encode(left, hessian, seed=seed + 1, label=label)
-        params = base.params | {"rest_codes": rest.codes}
-        params |= {f"rest_{name}": p for name, p in rest.params.items()}
-        return Packed(self, base.shape, base.codes, params)
+        return join(self, base, self.rest.encode(left, hessian, seed=seed + 1, label=label))
 
     def decode_reference(self, codes, params, shape):
-        rest = {k.removeprefix("rest_"): v for k, v in params.items() if k.startswith("rest_")}
-        rest_codes = rest.pop("codes")
-        base = {k: v for k, v in params.items() if not k.startswith("rest_")}
+        base, rest_codes, rest = split(params)
         return self.base.decode_reference(codes, base, shape) + self.rest.decode_reference(
             rest_codes, rest, shape
         )
@@ -75,3 +71,25 @@ class Residual(Codec):
         raise NotImplementedError("residual is two terms: see decode_reference")
 
     initial_params = encode_reference = decode_tiles
+
+
+def rest_params(rest: Codec, shape: tuple[int, int]) -> tuple[Param, ...]:
+    """What a second term adds to the params of the first: its codes, then its own."""
+    tile = rest.tile(shape)
+    codes = Param("rest_codes", (*tile.grid(shape), tile.bytes), "both", codes=True)
+    own = [Param(f"rest_{p.name}", p.sizes, p.axis, p.codes) for p in rest.params(shape)]
+    return (codes, *own)
+
+
+def join(codec: Codec, base: Packed, rest: Packed) -> Packed:
+    """The sum of two encoded matrices as one of `codec`."""
+    params = base.params | {"rest_codes": rest.codes}
+    params |= {f"rest_{name}": p for name, p in rest.params.items()}
+    return Packed(codec, base.shape, base.codes, params)
+
+
+def split(params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """(params of the base, codes of the rest, params of the rest)."""
+    rest = {k.removeprefix("rest_"): v for k, v in params.items() if k.startswith("rest_")}
+    rest_codes = rest.pop("codes")
+    return {k: v for k, v in params.items() if not k.startswith("rest_")}, rest_codes, rest

@@ -51,12 +51,12 @@ class Sparse(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"scale": torch.zeros(weight.shape[0])}
 
-    def encode(self, weight, hessian=None, *, seed=0, label=""):
+    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
         if prepared is not None and weight.numel():
             weight = self._in_metric(weight, prepared.damped())
-        return super().encode(weight, seed=seed, label=label)
+        return super().encode(weight, seed=seed, label=label, given=given)
 
     def _in_metric(self, weight: Tensor, h: Tensor) -> Tensor:
         """The matrix of `kept` entries a row that is nearest to the weight in the metric of h.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,11 +91,13 @@ class RBELinear(nn.Module):
         *,
         seed: int = 0,
         label: str = "",
+        given: Mapping[str, Tensor] | None = None,
         **settings: Any,
     ) -> RBELinear:
-        """Compress a dense layer; `hessian` (in, in) is E[x x^T] of its input."""
+        """Compress a dense layer; `hessian` (in, in) is E[x x^T] of its input, `given` holds shared
+        params that are used as they are."""
         packed = make_codec(codec, **settings).encode(
-            linear.weight, hessian, seed=seed, label=label
+            linear.weight, hessian, seed=seed, label=label, given=given
         )
         layer = cls.from_packed(packed.to(linear.weight.device), linear.bias)
         return layer.train(linear.training)
