@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import metrics
 from .blocks import inference
 
 
@@ -78,7 +79,7 @@ def evaluate(
             count += part[:, 1:].numel()
             if reference is not None:
                 log_q = logits(reference, part)[:, :-1].float().log_softmax(-1)
-                kl += (log_q.exp() * (log_q - log_p)).sum().item()
+                kl += metrics.kl_divergence(log_p, log_q).sum().item()
     seconds = time.perf_counter() - start
     perplexity = math.exp(min(nll / count, 700.0)) if nll == nll else float("nan")
     return Evaluation(

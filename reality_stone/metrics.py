@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from .packed import Packed, storage_bits
 
 
 def nmse(a: Tensor, b: Tensor) -> float:
@@ -76,7 +78,30 @@ def shannon_db(error: float, bits: float) -> float:
     return 10 * math.log10(error) + 20 * bits * math.log10(2) if error > 0 else -math.inf
 
 
-def kl_divergence(logits: Tensor, reference: Tensor) -> float:
-    """Mean over positions of KL(reference || model) in nats, from logits (..., classes)."""
-    log_p, log_q = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1).double().mean().item()
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p) in nats of each position (...), from log-probabilities (..., classes)."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def stored(thing: Packed | nn.Module) -> tuple[int, int]:
+    """(bits, weights) of a packed matrix, or of all compressed layers of a module: everything that
+    is stored for them, a table that several layers share once. ValueError where there is none."""
+    if isinstance(thing, Packed):
+        return thing.bits, thing.shape[0] * thing.shape[1]
+    layers = [m for m in thing.modules() if isinstance(getattr(m, "packed", None), Packed)]
+    if not layers:
+        raise ValueError("there is no compressed layer in this module")
+    tensors = {id(t): t.detach() for layer in layers for t in (layer.codes, *layer.params)}
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return sum(storage_bits(t) for t in tensors.values()), weights
+
+
+def bits_per_weight(thing: Packed | nn.Module) -> float:
+    """Stored bits over the logical number of weights; see `stored`."""
+    bits, weights = stored(thing)
+    return bits / max(1, weights)
+
+
+def compression_ratio(thing: Packed | nn.Module, dense_bits: int = 16) -> float:
+    """How many times smaller than dense weights of `dense_bits` bits each; see `stored`."""
+    return dense_bits / bits_per_weight(thing)

@@ -66,8 +66,10 @@ class Ultra(Codec):
         return (*own, *rest_params(self.rest, shape)) if self.percent else own
 
     def initial_params(self, weight, seed, feedback=False, importance=None):
+        # A codebook for a model is given to encode, or fitted there.
+        codebook = torch.zeros(VECTORS, 4) if self.common else start(weight, seed)
         return {
-            "codebook": start(weight, seed),
+            "codebook": codebook,
             "transform": torch.zeros(1, dtype=torch.uint8),
             "out_scale": row_scale(weight),
         }
@@ -89,8 +91,10 @@ class Ultra(Codec):
     def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         given = dict(given or {})
-        if "codebook" in given and weight.numel():
+        if self.common and weight.numel():
             check_finite(weight, self.name)
+            if "codebook" not in given:
+                given |= self.fit_common([weight], seed)
             given["transform"] = self._best_transform(weight, given["codebook"])
         alone = replace(self, percent=0)
         base = super(Ultra, alone).encode(weight, hessian, seed=seed, label=label, given=given)
