@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         "--codecs", type=_codecs, default=list(REGISTRY), help="names or settings, with commas"
     )
     one.add_argument(
-        "--bits", type=_rates, default=[2.0, 3.0, 4.0], help="rates for names (default 2,3,4)"
+        "--bits", type=_rates, help="rates for names (default: all of a few, or 2,3,4)"
     )
     one.add_argument("--limit", type=_count, metavar="N", help="only the first N matrices")
     one.add_argument("--csv", metavar="FILE", help="write the rows as CSV")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import time
@@ -50,8 +51,9 @@ class Skipped:
     reason: str
 
 
-def settings(names: Sequence[str | Codec], bits: Sequence[float] = BITS) -> list[Codec]:
-    """Codecs to compare: a name stands for its usual settings at each rate that it has."""
+def settings(names: Sequence[str | Codec], bits: Sequence[float] | None = None) -> list[Codec]:
+    """Codecs to compare. A name stands for its settings at those of `bits` that it has; without
+    `bits` at all its rates, and at 2, 3 and 4 where it has any."""
     found: list[Codec] = []
     for name in names:
         if isinstance(name, Codec):
@@ -61,15 +63,16 @@ def settings(names: Sequence[str | Codec], bits: Sequence[float] = BITS) -> list
             raise ValueError(
                 f"unknown codec {name!r}, this release has {', '.join(sorted(REGISTRY))}"
             )
-        usual = []
-        for rate in bits:
+        kind, usual = REGISTRY[name], []
+        rates = bits or sorted(kind.rates) or BITS
+        for rate in rates:
             try:
-                usual.append(REGISTRY[name].at_bits(rate))
+                usual.append(kind.at_bits(rate))
             except ValueError:
                 continue
         if not usual:
-            rates = ", ".join(f"{rate:g}" for rate in bits)
-            raise ValueError(f"{name} has no settings at {rates} bits")
+            asked = ", ".join(f"{rate:g}" for rate in rates)
+            raise ValueError(f"{name} has no settings at {asked} bits")
         found += usual
     return list(dict.fromkeys(found))
 
@@ -208,15 +211,26 @@ def plot(rows: Iterable[Row], path: str | os.PathLike[str], title: str = "") -> 
     points: dict[str, list[tuple[float, float]]] = {}
     for row in summary(rows):
         points.setdefault(row.codec.split("(")[0], []).append((row.bits_per_weight, row.nmse))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, found in points.items():
-        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=name)
+    # From the nearest to the bound to the farthest, so that the legend is a ranking.
+    nearest = {name: min(decibels(e, r) for r, e in found) for name, found in points.items()}
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    styles = itertools.product(("-", ":"), ("o", "s", "^", "D", "v", "P", "X", "*"))
+    colours = plt.get_cmap("tab10").colors
+    for i, name in enumerate(sorted(points, key=nearest.get)):
+        line, marker = next(styles)
+        axes.plot(
+            *zip(*sorted(points[name]), strict=True),
+            linestyle=line, marker=marker, markersize=5, linewidth=1.2,
+            color=colours[i % 10], label=f"{name}, {nearest[name]:.1f} dB",
+        )  # fmt: skip
     top = max((rate for found in points.values() for rate, _ in found), default=4.0)
     rates = [top * i / 50 for i in range(51)]
     axes.plot(rates, [2 ** (-2 * r) for r in rates], "k--", label="Shannon bound, Gaussian")
     axes.set(xlabel="bits per weight, all counted", ylabel="normalised squared error", title=title)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, title="best distance from it"
+    )
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -12,6 +12,7 @@
 #include "../codecs/trellis.h"
 #include "clones.h"
 #include "frame.h"
+#include "half.h"
 #include "isa.h"
 #include "parallel.h"
 #include "viterbi.h"
@@ -69,6 +70,25 @@ const float* param(const Layer& layer, int index) {
   return index < 0 ? nullptr : layer.params[index];
 }
 
+// Weights decoded at a time where they are used at once: 128 KB, in the second-level cache.
+constexpr int64_t kChunk = int64_t{1} << 15;
+
+RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}
+
+// Rows [row0, row1) of T rounded to bfloat16, by way of float32 where the codec has no other.
+void decode_narrow(const Row& row, const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  if (row.decode_bf16) return row.decode_bf16(layer, row0, row1, w);
+  const int64_t step = std::max<int64_t>(1, kChunk / (row.tile.rows * layer.in)) * row.tile.rows;
+  std::vector<float> wide(static_cast<size_t>(std::min(step, row1 - row0) * layer.in));
+  for (int64_t r = row0; r < row1; r += step) {
+    const int64_t end = std::min(r + step, row1);
+    row.decode(layer, r, end, wide.data());
+    narrow(wide.data(), (end - r) * layer.in, w + (r - row0) * layer.in);
+  }
+}
+
 // Rows [row0, row1) of T as a panel of float32 or bfloat16.
 void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
   const bool half = panel.scalar_type() == at::kBFloat16;
@@ -77,7 +97,7 @@ void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, 
     const int64_t at = (first - row0) * layer.in;
     if (!half) return row.decode(layer, first, last, panel.data_ptr<float>() + at);
     auto* out = reinterpret_cast<uint16_t*>(panel.data_ptr<at::BFloat16>()) + at;
-    row.decode_bf16(layer, first, last, out);
+    decode_narrow(row, layer, first, last, out);
   });
 }
 
@@ -114,12 +134,10 @@ int64_t input_gradient_panel(int64_t batch) {
   return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
 }
 
-at::ScalarType panel_type(const Row& row) {
-  return bf16_panels() && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
-}
+at::ScalarType panel_type() { return bf16_panels() ? at::kBFloat16 : at::kFloat; }
 
 // Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
-constexpr int64_t kRowProduct = 4;
+constexpr int64_t kRowProduct = 8;
 
 RS_CLONES float dot(const float* a, const float* b, int64_t n) {
   constexpr int64_t kLanes = 64;  // partial sums in a fixed order, whatever the vector width
@@ -136,7 +154,7 @@ RS_CLONES float dot(const float* a, const float* b, int64_t n) {
 // y[m * out] = x[m * in] @ T^T in float32. Rows are decoded a few at a time: they stay in the
 // second-level cache, and a codec builds its tables once for all of them.
 void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
-  const int64_t in = layer.in, chunk = panel_rows(row, layer, int64_t{1} << 15);
+  const int64_t in = layer.in, chunk = panel_rows(row, layer, kChunk);
   parallel_for(layer.out, chunk, [&](int64_t begin, int64_t end) {
     std::vector<float> w(static_cast<size_t>(chunk * in));
     for (int64_t r = begin; r < end; r += chunk) {
@@ -155,7 +173,7 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
   const bool direct = row.linear && m <= row.linear_max_m &&
                       !(exact() && std::string_view(row.linear_type) != "float32");
   const bool by_row = !direct && m <= kRowProduct;
-  const auto type = direct || by_row ? at::kFloat : panel_type(row);
+  const auto type = direct || by_row ? at::kFloat : panel_type();
   const at::Tensor inside =
       through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
   at::Tensor y = at::empty({m, layer.out}, type);
@@ -175,7 +193,7 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
 
 at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
                            at::ScalarType result) {
-  const auto type = panel_type(row);
+  const auto type = panel_type();
   const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
                                           row.out_block, nullptr, type);
   Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
