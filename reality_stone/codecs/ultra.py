@@ -83,7 +83,7 @@ class Ultra(Codec):
             check_finite(w, self.name)
             parts.append(vectors(w, max(64, SAMPLE * w.numel() // max(1, total))))
         rows = torch.cat(parts).flatten()
-        rows = rows[: len(rows) // 64 * 64].view(-1, 64)
+        rows = torch.nn.functional.pad(rows, (0, -len(rows) % 64)).view(-1, 64)
         alone = replace(self, codebook="layer", percent=0)
         params = alone.initial_params(rows, seed)
         return {"codebook": alternate(alone, rows, params, None, self.refits)["codebook"]}
