@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import walk
 from torch import nn
 
 import reality_stone as rs
@@ -87,7 +88,7 @@ def refuses(directory: Path, *words: str, model: nn.Module | None = None) -> str
     return message
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, *(c.spec for c in walk.FEW)])
 def test_a_loaded_model_gives_the_same_bits(codec, tmp_path):
     model = packed_model(codec)
     rs.save(model, tmp_path / "m")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import walk
 from torch import nn
 
 import reality_stone as rs
@@ -115,3 +116,27 @@ def test_modules_that_were_in_eval_mode_stay_so(models, tokens):
     rs.finetune(packed, tokens[:16], progress=False)
     assert packed.training
     assert not packed.body.training
+
+
+@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
+def test_every_codec_compresses_a_model_by_plan_trains_and_comes_back_from_a_file(codec, tmp_path):
+    torch.manual_seed(0)
+    dense = Bigram().eval()
+    packed = Bigram().eval()
+    packed.load_state_dict(dense.state_dict())
+    tokens = torch.randint(32, (32, 12), generator=torch.Generator().manual_seed(2))
+    plan = [("body.*", codec), ("head", None)]
+    rs.compress(packed, calibration=tokens, plan=plan, progress=False)
+    assert packed.body[0].codec == packed.body[2].codec == codec
+    before = {n: p.detach().clone() for n, p in packed.body.named_parameters()}
+    codes = [packed.body[i].codes.clone() for i in (0, 2)]
+    start = rs.kl_divergence(packed, dense, tokens, context=12)
+    rs.finetune(packed, tokens, teacher=dense, epochs=4, batch=4, progress=False)
+    assert all(torch.equal(packed.body[i].codes, c) for i, c in zip((0, 2), codes, strict=True))
+    moved = [n for n, p in packed.body.named_parameters() if not torch.equal(p, before[n])]
+    # Everything trainable is reached by its gradient.
+    assert moved == [n for n in before if not n.endswith("bias")]
+    assert rs.kl_divergence(packed, dense, tokens, context=12) < start
+    rs.save(packed, tmp_path / "m")
+    again = rs.load(Bigram().eval(), tmp_path / "m")
+    assert torch.equal(again(tokens), packed(tokens))
