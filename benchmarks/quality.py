@@ -5,7 +5,9 @@ execution order, and prints true bits per weight, perplexity, its ratio to dense
 Peers run beside ours where they are installed (hqq, bitsandbytes); one that is missing or fails is
 printed as such. Their bits per weight count scales and zeros as they store them.
 
-    python benchmarks/quality.py [--train TEXT] [--only trellis] [--json FILE]
+    python benchmarks/quality.py [--every] [--train TEXT] [--only trellis] [--json FILE]
+
+--every judges each codec of the registry at all its rates instead of the usual choices.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import reality_stone as rs
-from reality_stone import hf
+from reality_stone import compare, hf
 from reality_stone.compress import choose_codecs
 from reality_stone.jobs import Calibration
 
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(DATA / "novels_lm"))
     parser.add_argument("--valid", default=str(DATA / "novels_valid.txt.xz"))
     parser.add_argument("--train", default=str(DATA / "novels_train.txt.xz"))
+    parser.add_argument("--every", action="store_true", help="every codec at all its rates")
     parser.add_argument("--only", default="", help="methods whose name holds this text")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -109,11 +112,13 @@ def main() -> None:
         print(f"{name:60} {bits:6.3f} b/w  perplexity {found.perplexity:7.3f}  x {ratio:.4f}  "
               f"KL {found.kl:.5f}  {seconds:5.1f} s", flush=True)  # fmt: skip
 
-    for spec in OURS:
+    every = [c.spec for c in compare.settings(rs.codecs())]
+    for spec in every if args.every else OURS:
         judge(spec, lambda m, s=spec: rs.compress(m, calibration=windows, codec=s).bits_per_weight)
-    for spec in ("trellis(bits=2)", "uniform(bits=3, group=128)", "uniform(bits=4, group=128)"):
+    uncalibrated = ("trellis(bits=2)", "uniform(bits=3, group=128)", "uniform(bits=4, group=128)")
+    for spec in () if args.every else uncalibrated:
         judge(f"{spec}, no calibration", lambda m, s=spec: rs.compress(m, codec=s).bits_per_weight)
-    for name, method in PEERS.items():
+    for name, method in () if args.every else PEERS.items():
         judge(name, lambda m, f=method: compress_with(m, f))
     if args.json:
         args.json.write_text(json.dumps({"dense": base.to_json(), "rows": rows}, indent=1))
