@@ -8,22 +8,43 @@ import warnings
 from typing import Any
 
 from .. import ops
+from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
+from .block_sparse import BlockSparse
+from .hybrid import Hybrid
 from .residual import Residual
+from .seed64 import Seed64
 from .sparse import Sparse
 from .trellis import Trellis
 from .ultra import Ultra
 from .uniform import Uniform
 
-REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Ultra, Uniform)}
+REGISTRY: dict[str, type[Codec]] = {
+    c.name: c
+    for c in (
+        AdaptivePrecision,
+        BlockSparse,
+        Hybrid,
+        Residual,
+        Seed64,
+        Sparse,
+        Trellis,
+        Ultra,
+        Uniform,
+    )
+}
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
 __all__ = [
     "REGISTRY",
+    "AdaptivePrecision",
+    "BlockSparse",
     "Codec",
+    "Hybrid",
     "Param",
     "Residual",
+    "Seed64",
     "Sparse",
     "Tile",
     "Trellis",
