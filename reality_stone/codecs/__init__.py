@@ -9,24 +9,32 @@ from typing import Any
 
 from .. import ops
 from .base import Codec, Param, Tile
+from .hierarchical import Hierarchical
+from .palette import Palette
 from .residual import Residual
 from .sparse import Sparse
 from .trellis import Trellis
 from .uniform import Uniform
+from .vq_cyclic import VqCyclic
 
-REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Uniform)}
+REGISTRY: dict[str, type[Codec]] = {
+    c.name: c for c in (Hierarchical, Palette, Residual, Sparse, Trellis, Uniform, VqCyclic)
+}
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
 __all__ = [
     "REGISTRY",
     "Codec",
+    "Hierarchical",
+    "Palette",
     "Param",
     "Residual",
     "Sparse",
     "Tile",
     "Trellis",
     "Uniform",
+    "VqCyclic",
     "codec",
     "codecs",
     "from_config",
