@@ -85,6 +85,20 @@ def row_sample(weight: Tensor, limit: int) -> Tensor:
     return weight[torch.arange(count) * weight.shape[0] // count]
 
 
+def unit_rows(
+    weight: Tensor, scale: Tensor, importance: Tensor | None, limit: int = SAMPLE
+) -> tuple[Tensor, Tensor]:
+    """Evenly spaced rows with their scale (out,) taken off, and what an error of each weight
+    counts: the column's importance times the squared scale, at most 1."""
+    count = min(weight.shape[0], max(1, limit // max(1, weight.shape[1])))
+    at = torch.arange(count) * weight.shape[0] // max(1, count)
+    rows = (weight[at] / scale[at, None]).nan_to_num(0, 0, 0)
+    columns = torch.ones(weight.shape[1]) if importance is None else importance / importance.max()
+    peak = scale.abs().max() if count else torch.tensor(0.0)
+    relative = scale[at].abs() / peak.clamp_min(torch.finfo(torch.float32).tiny)
+    return rows, columns * relative.clamp_min(1e-9)[:, None] ** 2
+
+
 def kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
     """Centres (k, d) of points (n, d) by Lloyd's algorithm; deterministic."""
     generator = torch.Generator().manual_seed(seed)

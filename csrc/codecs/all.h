@@ -3,13 +3,16 @@
 
 #include "adaptive_precision.h"
 #include "block_sparse.h"
+#include "hierarchical.h"
 #include "hybrid.h"
+#include "palette.h"
 #include "residual.h"
 #include "seed64.h"
 #include "sparse.h"
 #include "trellis.h"
 #include "ultra.h"
 #include "uniform.h"
+#include "vq_cyclic.h"
 
 namespace rs {
 
@@ -21,13 +24,16 @@ struct CodecEntry {
 constexpr CodecEntry kCodecs[] = {
     {"adaptive_precision", adaptive_precision_terms},
     {"block_sparse", block_sparse_terms},
+    {"hierarchical", hierarchical_terms},
     {"hybrid", hybrid_terms},
+    {"palette", palette_terms},
     {"residual", residual_terms},
     {"seed64", seed64_terms},
     {"sparse", sparse_terms},
     {"trellis", trellis_terms},
     {"ultra", ultra_terms},
     {"uniform", uniform_terms},
+    {"vq_cyclic", vq_cyclic_terms},
 };
 
 }  // namespace rs

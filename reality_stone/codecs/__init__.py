@@ -11,26 +11,32 @@ from .. import ops
 from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
 from .block_sparse import BlockSparse
+from .hierarchical import Hierarchical
 from .hybrid import Hybrid
+from .palette import Palette
 from .residual import Residual
 from .seed64 import Seed64
 from .sparse import Sparse
 from .trellis import Trellis
 from .ultra import Ultra
 from .uniform import Uniform
+from .vq_cyclic import VqCyclic
 
 REGISTRY: dict[str, type[Codec]] = {
     c.name: c
     for c in (
         AdaptivePrecision,
         BlockSparse,
+        Hierarchical,
         Hybrid,
+        Palette,
         Residual,
         Seed64,
         Sparse,
         Trellis,
         Ultra,
         Uniform,
+        VqCyclic,
     )
 }
 
@@ -41,7 +47,9 @@ __all__ = [
     "AdaptivePrecision",
     "BlockSparse",
     "Codec",
+    "Hierarchical",
     "Hybrid",
+    "Palette",
     "Param",
     "Residual",
     "Seed64",
@@ -50,6 +58,7 @@ __all__ = [
     "Trellis",
     "Ultra",
     "Uniform",
+    "VqCyclic",
     "codec",
     "codecs",
     "from_config",
