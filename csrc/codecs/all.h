@@ -1,6 +1,8 @@
 // The list of codecs: the only one in C++.
 #pragma once
 
+#include "cyclic.h"
+#include "cyclic_scalar.h"
 #include "residual.h"
 #include "sparse.h"
 #include "trellis.h"
@@ -14,6 +16,8 @@ struct CodecEntry {
 };
 
 constexpr CodecEntry kCodecs[] = {
+    {"cyclic", cyclic_terms},
+    {"cyclic_scalar", cyclic_scalar_terms},
     {"residual", residual_terms},
     {"sparse", sparse_terms},
     {"trellis", trellis_terms},
