@@ -4,37 +4,43 @@
 #include <map>
 
 #include "../cpu/clones.h"
+#include "nearest.h"
 
 namespace rs {
 namespace {
 
 constexpr int kLanes = 16;
 
-// The factors a word can have, in rising order, each with one of its codes.
-template <class Word>
-struct Levels {
-  struct Code {
-    int phase, amp;
-  };
-  std::vector<double> factor;
-  std::vector<Code> code;
-  std::vector<float> middle;  // between neighbours
+struct LevelCode {
+  int phase, amp;
+};
 
-  Levels() {
-    std::map<int, Code> found;
-    for (int amp = 0; amp < Word::kAmps; ++amp)
-      for (int phase = 0; phase < 16; ++phase)
-        found.try_emplace(kCyclic[0][phase] * amp, Code{phase, amp});
-    for (const auto& [level, how] : found) {
-      const double value = level / double{1 << Word::kShift};
-      if (!factor.empty()) middle.push_back(static_cast<float>(0.5 * (factor.back() + value)));
-      factor.push_back(value);
-      code.push_back(how);
-    }
+// The levels a word can have, each with one of its codes.
+template <class Word>
+std::map<int, LevelCode> all_levels() {
+  std::map<int, LevelCode> found;
+  for (int amp = 0; amp < Word::kAmps; ++amp)
+    for (int phase = 0; phase < 16; ++phase)
+      found.try_emplace(kCyclic[0][phase] * amp, LevelCode{phase, amp});
+  return found;
+}
+
+template <class Word>
+struct Factors {
+  std::vector<LevelCode> code;
+  Nearest factor;
+
+  explicit Factors(const std::map<int, LevelCode>& levels)
+      : factor(values(levels), 4 * static_cast<int>(levels.size())) {
+    for (const auto& [level, how] : levels) code.push_back(how);
   }
-  size_t nearest(float value) const {
-    return static_cast<size_t>(std::lower_bound(middle.begin(), middle.end(), value) -
-                               middle.begin());
+
+ private:
+  static std::vector<float> values(const std::map<int, LevelCode>& levels) {
+    std::vector<float> all;
+    for (const auto& [level, how] : levels)
+      all.push_back(static_cast<float>(level) / (1 << Word::kShift));
+    return all;
   }
 };
 
@@ -56,31 +62,36 @@ RS_CLONES void project(const float* x, const float* h, const float* columns, int
   }
 }
 
+// 1 / power, 0 where that is no number: a vector of zeros helps nobody.
+RS_CLONES void reciprocals(const float* power, int64_t vectors, float* inverse) {
+  for (int64_t k = 0; k < vectors; ++k) inverse[k] = power[k] > 1e-30f ? 1.0f / power[k] : 0.0f;
+}
+
 // bound[k] = cross^2 / power: how far a multiple of v_k can lower the squared error. most[l] is the
 // largest of those with k = l modulo kLanes.
-RS_CLONES void bounds(const float* cross, const float* power, int64_t vectors, float* bound,
+RS_CLONES void bounds(const float* cross, const float* inverse, int64_t vectors, float* bound,
                       float* most) {
-  for (int l = 0; l < kLanes; ++l) most[l] = 0;
+  float lanes[kLanes] = {};
   for (int64_t k = 0; k < vectors; k += kLanes)
     for (int l = 0; l < kLanes; ++l) {
-      const float p = power[k + l], c = cross[k + l];
-      const float value = p > 0 ? c * c / p : 0.0f;
+      const float value = cross[k + l] * cross[k + l] * inverse[k + l];
       bound[k + l] = value;
-      most[l] = value > most[l] ? value : most[l];
+      lanes[l] = value > lanes[l] ? value : lanes[l];
     }
+  for (int l = 0; l < kLanes; ++l) most[l] = lanes[l];
 }
 
 template <class Word>
 struct Search {
   static constexpr int kVectors = Word::kVectors;
-  const Levels<Word>& levels;
+  const Factors<Word>& factors;
   std::vector<float> columns;  // the basis, (block, vectors)
-  float cross[kVectors], power[kVectors], bound[kVectors], most[kLanes];
+  float cross[kVectors], power[kVectors], inverse[kVectors], bound[kVectors], most[kLanes];
   double best;
   uint32_t word;
 
-  Search(const Layer& layer, const Levels<Word>& levels)
-      : levels(levels), columns(static_cast<size_t>(kVectors * layer.tile.cols)) {
+  Search(const Layer& layer, const Factors<Word>& factors)
+      : factors(factors), columns(static_cast<size_t>(kVectors * layer.tile.cols)) {
     const int64_t block = layer.tile.cols;
     const float* basis = layer.params[kCyclicBasis];
     for (int64_t k = 0; k < kVectors; ++k)
@@ -88,21 +99,23 @@ struct Search {
         columns[static_cast<size_t>(j * kVectors + k)] = basis[k * block + j];
     const std::vector<float> ones(static_cast<size_t>(block), 1.0f);
     project(ones.data(), ones.data(), columns.data(), block, kVectors, cross, power);
+    reciprocals(power, kVectors, inverse);
   }
 
   void consider(int k) {
-    const size_t at = levels.nearest(cross[k] / power[k]);
-    const double factor = levels.factor[at];
+    const size_t at = factors.factor.find(cross[k] * inverse[k]);
+    const double factor = factors.factor[at];
     const double gain = factor * (2.0 * cross[k] - factor * power[k]);
     if (!(gain > best)) return;
     best = gain;
-    word = Word::pack(levels.code[at].phase, k, levels.code[at].amp);
+    word = Word::pack(factors.code[at].phase, k, factors.code[at].amp);
   }
 
   // Exact: a vector is left out only when not even its best multiple would do.
   uint32_t run(const float* x, const float* h, int64_t block) {
     project(x, h, columns.data(), block, kVectors, cross, power);
-    bounds(cross, power, kVectors, bound, most);
+    if (h) reciprocals(power, kVectors, inverse);
+    bounds(cross, inverse, kVectors, bound, most);
     best = 0;
     word = 0;
     int lane = static_cast<int>(std::max_element(most, most + kLanes) - most);
@@ -127,8 +140,8 @@ struct Search {
 template <class Word>
 void cyclic_encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
                    int64_t tile1, uint8_t* codes, float* const*) {
-  static const Levels<Word> levels;
-  Search<Word> search(layer, levels);
+  static const Factors<Word> factors(all_levels<Word>());
+  Search<Word> search(layer, factors);
   const int64_t block = layer.tile.cols, n = layer.tile_cols();
   for (int64_t t = tile0; t < tile1; ++t) {
     const int64_t column = t % n * block;

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
+#include "../cpu/clones.h"
 #include "../cpu/fast.h"
 #include "../cpu/half.h"
 #include "../trig.h"
+#include "nearest.h"
 
 namespace rs {
 namespace {
@@ -55,73 +58,98 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
   }
 }
 
-// The distinct values of a code at scale 1 in rising order, and the nearest of them. A grid of
-// cells holds where to begin to look.
+constexpr int64_t kLanes = 16;  // partial sums, so that every instruction set adds in one order
+
+struct ValueCode {
+  float value;  // at scale 1
+  uint16_t code;
+};
+
+// The distinct values of a code in rising order.
+template <int Bits>
+std::vector<ValueCode> all_values() {
+  std::vector<ValueCode> all;
+  for (uint32_t code = 0; code < CyclicScalar<Bits>::kCodes; ++code)
+    all.push_back(
+        {level_table<Bits>()[code] * CyclicScalar<Bits>::kLevelUnit, static_cast<uint16_t>(code)});
+  std::stable_sort(all.begin(), all.end(),
+                   [](const ValueCode& a, const ValueCode& b) { return a.value < b.value; });
+  all.erase(std::unique(all.begin(), all.end(),
+                        [](const ValueCode& a, const ValueCode& b) { return a.value == b.value; }),
+            all.end());
+  return all;
+}
+
 template <int Bits>
 struct Values {
-  static constexpr int kCells = Bits == 8 ? 508 : 1 << 15;  // of [-1, 1]
-  std::vector<float> value, middle;                         // middle: between neighbours
-  std::vector<uint16_t> code, begin;
+  static constexpr int kCells = Bits == 8 ? 508 : 1 << 14;
+  std::vector<ValueCode> all = all_values<Bits>();
+  Nearest nearest{numbers(), kCells};
+  std::vector<float> coarse;  // for each cell of [-1, 1] the value nearest to its middle
 
   Values() {
-    const float* level = level_table<Bits>();
-    std::vector<uint32_t> order(CyclicScalar<Bits>::kCodes);
-    for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
-    std::stable_sort(order.begin(), order.end(),
-                     [&](uint32_t a, uint32_t b) { return level[a] < level[b]; });
-    for (uint32_t c : order) {
-      const float v = level[c] * CyclicScalar<Bits>::kLevelUnit;
-      if (!value.empty() && v == value.back()) continue;
-      if (!value.empty()) middle.push_back(0.5f * (value.back() + v));
-      value.push_back(v);
-      code.push_back(static_cast<uint16_t>(c));
-    }
-    middle.push_back(2);  // beyond any argument of nearest
     for (int cell = 0; cell <= kCells; ++cell) {
-      const double edge = 2.0 * cell / kCells - 1 - 1e-6;
-      begin.push_back(static_cast<uint16_t>(
-          std::lower_bound(middle.begin(), middle.end(), static_cast<float>(edge)) -
-          middle.begin()));
+      const float middle = (static_cast<float>(cell) + 0.5f) * (2.0f / kCells) - 1.0f;
+      coarse.push_back(nearest[nearest.find(middle)]);
     }
   }
-  size_t nearest(float x) const {
-    const float held = std::min(std::max(x, -1.0f), 1.0f);
-    size_t at = begin[static_cast<size_t>((held + 1.0f) * (0.5f * kCells))];
-    while (middle[at] < held) ++at;
-    return at;
-  }
+  uint16_t code(float x) const { return all[nearest.find(x)].code; }
   static const Values& get() {
     static const Values values;
     return values;
   }
+
+ private:
+  std::vector<float> numbers() const {
+    std::vector<float> values;
+    for (const ValueCode& v : all) values.push_back(v.value);
+    return values;
+  }
 };
 
-// A group's weights times 2^-exponent, near one, so that their squares are numbers too.
+// A group's weights times 2^-exponent, near one, so that their squares are numbers too; padded to
+// whole lanes with importance 0.
 struct Group {
   std::vector<float> w, h;
-  double energy = 0;
   float peak = 0;
   int exponent = 0;
 
   void load(const float* weights, const float* importance, int64_t n) {
-    w.assign(weights, weights + n);
-    if (importance)
-      h.assign(importance, importance + n);
-    else
-      h.assign(static_cast<size_t>(n), 1.0f);
+    w.assign(static_cast<size_t>(round_up(n, kLanes)), 0.0f);
+    h.assign(w.size(), 0.0f);
     peak = 0;
-    for (float x : w) peak = std::max(peak, std::abs(x));
+    for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::abs(weights[i]));
     exponent = peak == 0 ? 0 : std::ilogb(peak);
     peak = std::ldexp(peak, -exponent);
-    energy = 0;
-    for (size_t i = 0; i < w.size(); ++i) {
-      w[i] = std::ldexp(w[i], -exponent);
-      energy += double{h[i]} * w[i] * w[i];
+    for (int64_t i = 0; i < n; ++i) {
+      w[static_cast<size_t>(i)] = std::ldexp(weights[i], -exponent);
+      h[static_cast<size_t>(i)] = importance ? importance[i] : 1.0f;
     }
   }
 };
 
-// What the nearest values at one scale say of it: the error, and the scale that is best for them.
+// Sums over a group of h q w, h q^2 and h (w - scale q)^2, q being the coarse value of w / scale.
+RS_CLONES void sum_moments(const float* w, const float* h, int64_t n, float scale, float inverse,
+                           const float* coarse, float cells, float (*sums)[kLanes]) {
+  float cross[kLanes] = {}, power[kLanes] = {}, error[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float x = w[i + j], u = x * inverse;
+      const float low = u > -1.0f ? u : -1.0f, held = low < 1.0f ? low : 1.0f;
+      const float q = coarse[static_cast<int32_t>((held + 1.0f) * (0.5f * cells))];
+      const float hq = h[i + j] * q, miss = x - scale * q;
+      cross[j] += hq * x;
+      power[j] += hq * q;
+      error[j] += h[i + j] * (miss * miss);
+    }
+  for (int64_t j = 0; j < kLanes; ++j) {
+    sums[0][j] = cross[j];
+    sums[1][j] = power[j];
+    sums[2][j] = error[j];
+  }
+}
+
+// What the values nearest at one scale say of it: the error, and the scale that is best for them.
 struct Trial {
   float scale = 0, refit = 0;
   double error = 0;
@@ -130,15 +158,14 @@ struct Trial {
 template <int Bits>
 Trial attempt(const Group& g, float scale) {
   const auto& values = Values<Bits>::get();
-  const float inverse = 1.0f / scale;
-  double cross = 0, power = 0;
-  for (size_t i = 0; i < g.w.size(); ++i) {
-    const float q = values.value[values.nearest(g.w[i] * inverse)], hq = g.h[i] * q;
-    cross += double{hq} * g.w[i];
-    power += double{hq} * q;
-  }
-  const double error = g.energy - scale * (2 * cross - scale * power);
-  return {scale, power > 0 ? round_to_half(static_cast<float>(cross / power)) : scale, error};
+  float sums[3][kLanes];
+  sum_moments(g.w.data(), g.h.data(), static_cast<int64_t>(g.w.size()), scale, 1.0f / scale,
+              values.coarse.data(), Values<Bits>::kCells, sums);
+  double total[3] = {};
+  for (int s = 0; s < 3; ++s)
+    for (float lane : sums[s]) total[s] += lane;
+  const double best = total[1] > 0 ? total[0] / total[1] : scale;
+  return {scale, round_to_half(static_cast<float>(best)), total[2]};
 }
 
 // Clipping ranges of either sign (the 8-bit values are denser above zero), the best few polished by
@@ -184,7 +211,7 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
     params[0][t] = std::ldexp(scale, group.exponent);
     uint8_t* tile = codes + t * layer.tile.bytes;
     for (int64_t j = 0; j < width; ++j) {
-      const uint32_t code = values.code[values.nearest(group.w[static_cast<size_t>(j)] * inverse)];
+      const uint32_t code = values.code(group.w[static_cast<size_t>(j)] * inverse);
       tile[j * (Bits / 8)] = static_cast<uint8_t>(code);
       if constexpr (Bits == 16) tile[2 * j + 1] = static_cast<uint8_t>(code >> 8);
     }

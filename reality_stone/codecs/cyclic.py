@@ -18,9 +18,9 @@ from ..packed import round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale, whole_number
 from .cyclic_tables import cyclic
 
-SAMPLE = 1 << 14  # blocks the first basis is fitted on
-SAMPLE_WEIGHTS = 1 << 22
-ROUNDS = 8  # of k-means: the turns with the codes go on from there
+SAMPLE = 1 << 13  # blocks the first basis is fitted on
+SAMPLE_WEIGHTS = 1 << 21
+ROUNDS = 6  # of k-means: the turns with the codes go on from there
 CHUNK = 1 << 22  # projections the reference encoder holds at once
 
 
