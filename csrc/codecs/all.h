@@ -3,6 +3,8 @@
 
 #include "adaptive_precision.h"
 #include "block_sparse.h"
+#include "cyclic.h"
+#include "cyclic_scalar.h"
 #include "hierarchical.h"
 #include "hybrid.h"
 #include "palette.h"
@@ -24,6 +26,8 @@ struct CodecEntry {
 constexpr CodecEntry kCodecs[] = {
     {"adaptive_precision", adaptive_precision_terms},
     {"block_sparse", block_sparse_terms},
+    {"cyclic", cyclic_terms},
+    {"cyclic_scalar", cyclic_scalar_terms},
     {"hierarchical", hierarchical_terms},
     {"hybrid", hybrid_terms},
     {"palette", palette_terms},

@@ -14,12 +14,19 @@
 
 namespace rs {
 
+void cyclic_scalar_avx512_slots(Row& row, int bits, int64_t group);
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 
 // Fills the fast slots of a resolved row for this instruction set; leaves what it has nothing for.
+inline void cyclic_scalar_fast_slots(Row& row, int bits, int64_t group, Isa isa) {
+#if RS_FAST_X86
+  if (isa >= Isa::avx512) cyclic_scalar_avx512_slots(row, bits, group);
+#endif
+}
+
 // k = 2 * bits, 3 to 8.
 inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 #if RS_FAST_X86

@@ -11,6 +11,8 @@ from .. import ops
 from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
 from .block_sparse import BlockSparse
+from .cyclic import Cyclic
+from .cyclic_scalar import CyclicScalar
 from .hierarchical import Hierarchical
 from .hybrid import Hybrid
 from .palette import Palette
@@ -27,6 +29,8 @@ REGISTRY: dict[str, type[Codec]] = {
     for c in (
         AdaptivePrecision,
         BlockSparse,
+        Cyclic,
+        CyclicScalar,
         Hierarchical,
         Hybrid,
         Palette,
@@ -47,6 +51,8 @@ __all__ = [
     "AdaptivePrecision",
     "BlockSparse",
     "Codec",
+    "Cyclic",
+    "CyclicScalar",
     "Hierarchical",
     "Hybrid",
     "Palette",
