@@ -94,44 +94,28 @@ RS_CLONES void project(const float* hw, int64_t block, const float* basis, float
   }
 }
 
+// Vectors k, k + kGroups, k + 2 kGroups, ... are a group: its largest gain says whether to look.
+constexpr int kGroups = 16;
+
 // What the squared error falls by at most for each vector: the gain of the best factor that lies
-// between low and high. Returns the largest.
-RS_CLONES float bound_gains(const float* p, const float* n, const float* inverse, float low,
-                            float high, float* gain) {
-  constexpr int kLanes = 64;
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = -INFINITY;
-  for (int k0 = 0; k0 < kBasis; k0 += kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      const int k = k0 + i;
+// between low and high; and the largest of each group.
+RS_CLONES void bound_gains(const float* p, const float* n, const float* inverse, float low,
+                           float high, float* gain, float* most) {
+  for (int g = 0; g < kGroups; ++g) most[g] = -INFINITY;
+  for (int k0 = 0; k0 < kBasis; k0 += kGroups)
+    for (int g = 0; g < kGroups; ++g) {
+      const int k = k0 + g;
       float v = p[k] * inverse[k];
       v = v < low ? low : v;
       v = v > high ? high : v;
       gain[k] = v * (2 * p[k] - v * n[k]);
-      lanes[i] = gain[k] > lanes[i] ? gain[k] : lanes[i];
+      most[g] = gain[k] > most[g] ? gain[k] : most[g];
     }
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
 }
 
 // 1 / n, or 0: a vector of zeros gains nothing.
 RS_CLONES void invert(const float* n, float* inverse) {
   for (int k = 0; k < kBasis; ++k) inverse[k] = n[k] > 0 ? 1.0f / n[k] : 0.0f;
-}
-
-// The first k from `from` on with gain[k] >= least, or kBasis.
-RS_CLONES int next_at_least(const float* gain, float least, int from) {
-  constexpr int kLanes = 32;
-  for (int k0 = from / kLanes * kLanes; k0 < kBasis; k0 += kLanes) {
-    int any = 0;
-    for (int i = 0; i < kLanes; ++i) any |= gain[k0 + i] >= least;
-    if (!any) continue;
-    for (int k = std::max(from, k0); k < k0 + kLanes; ++k)
-      if (gain[k] >= least) return k;
-  }
-  return kBasis;
 }
 
 struct Choice {
@@ -174,18 +158,19 @@ class BlockEncoder {
     for (int64_t j = 0; j < block_; ++j) hw_[static_cast<size_t>(j)] = h ? h[j] * w[j] : w[j];
     if (h) measure(h);
     project(hw_.data(), block_, turned_.data(), p_);
-    const float most = bound_gains(p_, norm_, inverse_, search_->low(), search_->high(), gain_);
-    if constexpr (kWide) return between_entries(w, h, most);
-    const int first = next_at_least(gain_, most, 0);
-    if (first == kBasis) return {};  // of numbers too large to square
+    bound_gains(p_, norm_, inverse_, search_->low(), search_->high(), gain_, most_);
+    if constexpr (kWide) return between_entries(w, h);
     Choice best;
+    const auto group = static_cast<int>(std::max_element(most_, most_ + kGroups) - most_);
+    int first = group;
+    while (first < kBasis && !(gain_[first] == most_[group])) first += kGroups;
+    if (first >= kBasis) return best;  // of numbers too large to square
     float best_gain = try_vector(first, &best);
-    for (int k = next_at_least(gain_, best_gain, 0); k < kBasis;
-         k = next_at_least(gain_, best_gain, k + 1)) {
+    each_at_least(best_gain, [&](int k) {
       Choice other;
       const float gain = k == first ? best_gain : try_vector(k, &other);
       if (gain > best_gain) best_gain = gain, best = other;
-    }
+    });
     return best;
   }
 
@@ -193,6 +178,16 @@ class BlockEncoder {
   void measure(const float* h) {
     project(h, block_, squared_.data(), norm_);
     invert(norm_, inverse_);
+  }
+
+  // Visits every vector whose bound is at least `least`, which the visits may raise.
+  template <class Visit>
+  void each_at_least(const float& least, Visit&& visit) const {
+    for (int g = 0; g < kGroups; ++g) {
+      if (!(most_[g] >= least)) continue;
+      for (int k = g; k < kBasis; k += kGroups)
+        if (gain_[k] >= least) visit(k);
+    }
   }
 
   float try_vector(int k, Choice* choice) const {
@@ -212,11 +207,12 @@ class BlockEncoder {
   }
 
   // With factors this fine, all vectors that rounding cannot tell apart are tried in float64.
-  Choice between_entries(const float* w, const float* h, float most) const {
+  Choice between_entries(const float* w, const float* h) const {
+    const float most = *std::max_element(most_, most_ + kGroups);
     const float near = most - 1e-5f * std::abs(most);
     Choice best;
     double least = INFINITY;
-    for (int k = next_at_least(gain_, near, 0); k < kBasis; k = next_at_least(gain_, near, k + 1)) {
+    each_at_least(near, [&](int k) {
       const float* b = tables_.basis + k * block_;
       double p = 0, n = 0, error = 0;
       for (int64_t j = 0; j < block_; ++j) {
@@ -230,7 +226,7 @@ class BlockEncoder {
         error += (h ? h[j] : 1.0) * miss * miss;
       }
       if (error < least) least = error, best = choice;
-    }
+    });
     return best;
   }
 
@@ -270,7 +266,7 @@ class BlockEncoder {
   int64_t block_;
   const float* importance_;
   std::vector<float> turned_, squared_, hw_;
-  float norm_[kBasis], inverse_[kBasis], p_[kBasis], gain_[kBasis];
+  float norm_[kBasis], inverse_[kBasis], p_[kBasis], gain_[kBasis], most_[kGroups];
 };
 
 }  // namespace

@@ -6,7 +6,6 @@ Source: the bitfield of the Riemannian basis encoding, 22 bits, and its extensio
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -82,8 +81,8 @@ class Bitfield(Codec):
 
     @property
     def refits(self) -> tuple[str, ...]:
-        """A wide amplitude is as exact as the basis, which is float32 there and not refitted."""
-        return ("basis",) if self.amplitude == "byte" and self.basis == "kmeans" else ()
+        """A refit would not leave the frames of basis=svd orthonormal."""
+        return ("basis",) if self.basis == "kmeans" else ()
 
     @property
     def codes_per_tile(self) -> int:
@@ -116,8 +115,12 @@ class Bitfield(Codec):
 
     def initial_params(self, weight, seed, feedback=False, importance=None):
         wide = self.amplitude != "byte"
+        if not weight.numel():
+            basis = torch.ones(BASIS, self.block)
+            r_max = torch.tensor([self.r_max or 1.0])
+            return {"basis": basis, "r_max": r_max, "out_scale": torch.zeros(weight.shape[0])}
         # Against the largest weight of a row no factor is beyond what the table reaches.
-        scale = round_to_half(_peak(weight)) if wide else row_scale(weight)
+        scale = round_to_half(weight.abs().amax(1)) if wide else row_scale(weight)
         inner = (weight / scale[:, None]).nan_to_num(0, 0, 0)
         lines = fit_basis(inner, self.block, BASIS, self.basis, seed, importance, exact=wide)
         r_max, size, signs = fit_range(
@@ -166,7 +169,7 @@ class Bitfield(Codec):
         return here + t * (following - here)
 
     def _fraction(self, codes: Tensor) -> Tensor:
-        beside = codes[..., 11:].contiguous()
+        beside = codes[..., 11:].clone(memory_format=torch.contiguous_format)  # at an aligned place
         if self.amplitude == "uint16":
             byte = beside.int().unflatten(-1, (4, 2))
             return ((byte[..., 0] | byte[..., 1] << 8).float() * 2.0**-16).flatten(1)
@@ -186,7 +189,7 @@ class Bitfield(Codec):
         gain = value * (2 * along - value) * power
         idx = gain.argmax(-1, keepdim=True)
         entry, extra = entry.gather(-1, idx)[..., 0], extra.gather(-1, idx)[..., 0]
-        return self._pack(entry, idx[..., 0], extra, target.shape[0]), {}
+        return self._pack(entry, idx[..., 0], extra, target.shape[0]), params
 
     def _nearest(self, c: Tensor, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
         """(value, entry, phase) of the nearest factors."""
@@ -292,11 +295,3 @@ def parse_functions(text: Any, word: int) -> list[int]:
             )
         found |= members
     return sorted(found)
-
-
-def _peak(weight: Tensor) -> Tensor:
-    if not weight.shape[1]:
-        return torch.zeros(weight.shape[0])
-    peak = weight.abs().amax(1)
-    # Rounded down, a float16 scale could leave a factor just beyond the table.
-    return torch.where(peak < math.inf, peak, torch.zeros_like(peak))

@@ -105,10 +105,7 @@ def fit_range(
     top = 255 if byte else 1023
     points = _blocks(inner, lines.shape[1])
     along = (points if cover else _every(points, FACTORS)) @ lines.t()
-    if len(along):
-        factors = along.gather(1, along.abs().argmax(1, keepdim=True))[:, 0].numpy()
-    else:
-        factors = np.ones(1, np.float32)
+    factors = along.gather(1, along.abs().argmax(1, keepdim=True))[:, 0].numpy()
     peak = max(float(abs(factors).max()), 1e-30)
     factors = factors[:: max(1, len(factors) // FACTORS)]
     now, best = r_max or 2.0, None
