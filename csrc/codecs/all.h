@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adaptive_precision.h"
+#include "bitfield.h"
 #include "block_sparse.h"
 #include "cyclic.h"
 #include "cyclic_scalar.h"
@@ -25,6 +26,7 @@ struct CodecEntry {
 
 constexpr CodecEntry kCodecs[] = {
     {"adaptive_precision", adaptive_precision_terms},
+    {"bitfield", bitfield_terms},
     {"block_sparse", block_sparse_terms},
     {"cyclic", cyclic_terms},
     {"cyclic_scalar", cyclic_scalar_terms},

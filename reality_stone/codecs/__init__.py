@@ -10,6 +10,7 @@ from typing import Any
 from .. import ops
 from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
+from .bitfield import Bitfield
 from .block_sparse import BlockSparse
 from .cyclic import Cyclic
 from .cyclic_scalar import CyclicScalar
@@ -28,6 +29,7 @@ REGISTRY: dict[str, type[Codec]] = {
     c.name: c
     for c in (
         AdaptivePrecision,
+        Bitfield,
         BlockSparse,
         Cyclic,
         CyclicScalar,
@@ -49,6 +51,7 @@ LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhau
 __all__ = [
     "REGISTRY",
     "AdaptivePrecision",
+    "Bitfield",
     "BlockSparse",
     "Codec",
     "Cyclic",
