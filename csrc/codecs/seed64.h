@@ -30,7 +30,7 @@
 namespace rs {
 
 constexpr int64_t kTreeSide = 256, kTreeNodes = 1365, kTreeBytes = 171, kTreeLevels = 6;
-constexpr double kLeastRadius = 1e-6, kLargestRadius = 0.999;
+constexpr double kLeastSeed = 1e-6, kLargestSeed = 0.999;
 
 RS_HD uint64_t seed_word(const uint8_t* bytes) {
   uint64_t word = 0;
@@ -77,8 +77,8 @@ RS_HD double seed_sine(uint32_t low) {
 // g(r) sin(theta) of a word, before rounding.
 RS_HD double seed_value(uint32_t high, uint32_t low) {
   double r = mul(static_cast<double>(high), 1.0 / 4294967296.0);
-  r = r < kLeastRadius ? kLeastRadius : r;
-  r = r > kLargestRadius ? kLargestRadius : r;
+  r = r < kLeastSeed ? kLeastSeed : r;
+  r = r > kLargestSeed ? kLargestSeed : r;
   return mul(mul(2.0, r) / add(1.0, mul(r, r)), seed_sine(low));
 }
 

@@ -90,7 +90,7 @@ uint64_t adam(double p) {
       v[i] = kBeta2 * v[i] + (1 - kBeta2) * slope[i] * slope[i];
       *x[i] -= rate * (m[i] / (1 - decay1)) / (std::sqrt(v[i] / (1 - decay2)) + kEps);
     }
-    r = std::clamp(r, kLeastRadius, kLargestRadius);
+    r = std::clamp(r, kLeastSeed, kLargestSeed);
   }
   const double turns = theta / 6.283185307179586;
   return static_cast<uint64_t>(q32(r)) << 32 | q32(turns - std::floor(turns));
