@@ -219,21 +219,27 @@ class Judge:
     def noise(self, x, grad, size):
         """How far each gradient moves (root mean square of four trials, absolute) when operands
         and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
-        little where few numbers carry the norm."""
+        little where few numbers carry the norm. Where equal weights are rounded alike, errors do
+        not cancel: then a trial with operands in bfloat16 says more, and counts."""
 
         def off(t):
             return t * (1 + size * (2 * torch.rand(t.shape, dtype=torch.float64) - 1))
 
         x, grad, w = x.double(), grad.double(), self.w.detach()
         want = self.grads(x, grad)
-        squares = [0.0] * len(want)
-        for _ in range(4):
-            near_x, near_grad = off(x), off(grad)
-            moved = [near_grad @ off(w), *self.param_grads(off(near_grad.t() @ near_x))]
-            for i, (a, b) in enumerate(zip(moved, want, strict=True)):
-                if a is not None:
-                    squares[i] += ((a - b) ** 2).sum().item() / 4
-        return [s**0.5 for s in squares]
+
+        def squares(near):
+            near_x, near_grad = near(x), near(grad)
+            moved = [near_grad @ near(w), *self.param_grads(near(near_grad.t() @ near_x))]
+            pairs = zip(moved, want, strict=True)
+            return [0.0 if a is None else ((a - b) ** 2).sum().item() for a, b in pairs]
+
+        trials = [squares(off) for _ in range(4)]
+        found = [(sum(s) / 4) ** 0.5 for s in zip(*trials, strict=True)]
+        if size < 2.0**-9:
+            return found
+        rounding = squares(lambda t: rounded(t, torch.bfloat16))
+        return [max(a, b**0.5) for a, b in zip(found, rounding, strict=True)]
 
 
 @EVERY
