@@ -190,6 +190,7 @@ std::vector<Term> hierarchical_terms(const Spec& spec, Shape shape) {
   row.params.push_back({"out_scale", Axis::out, {shape.out}});
   row.out_scale = 1;
   row.encode_batch = 512;
+  hierarchical_fast_slots(row, mode == "xor", current_isa());
   return {term};
 }
 

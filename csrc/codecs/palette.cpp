@@ -277,6 +277,10 @@ std::vector<Term> palette_terms(const Spec& spec, Shape shape) {
     row.out_scale = 1;
   }
   row.encode_batch = std::max<int64_t>(1, 8192 / row.tile.cols);
+  const PaletteLayout kind = layout == "pair"    ? PaletteLayout::pair
+                             : layout == "words" ? PaletteLayout::words
+                                                 : PaletteLayout::dense;
+  palette_fast_slots(row, kind, static_cast<int>(bits), grouped, current_isa());
   return {term};
 }
 

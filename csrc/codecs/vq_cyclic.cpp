@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/clones.h"
 #include "../cpu/fast.h"
+#include "../cpu/half.h"
 #include "../cpu/loops.h"
 #include "../cpu/strips.h"
 
@@ -65,6 +67,39 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
       });
 }
 
+inline void put(float value, float* to) { *to = value; }
+inline void put(float value, uint16_t* to) { *to = to_bf16(value); }
+
+// Copies of the codewords, all 64 of which are made first. Block 0: known at run time only.
+template <int Block, class T>
+void copy_codewords(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  const VqCyclic::Tables tables(layer);
+  const int block = Block ? Block : tables.block;
+  std::vector<T> words(static_cast<size_t>(kVqCodes * block));
+  for (uint32_t code = 0; code < kVqCodes; ++code)
+    for (int j = 0; j < block; ++j) {
+      const float value = tables.prototypes[vq_source(code, j, block)];
+      put(vq_negative(code) ? -value : value, &words[code * static_cast<size_t>(block) + j]);
+    }
+  const uint8_t* tile = layer.codes + row0 * layer.tile_cols() * 3;
+  for (int64_t n = (row1 - row0) * layer.tile_cols(); n > 0; --n, tile += 3) {
+    const uint32_t codes = tile[0] | static_cast<uint32_t>(tile[1]) << 8 |
+                           static_cast<uint32_t>(tile[2]) << 16;
+    for (int v = 0; v < 4; ++v, w += block)
+      std::memcpy(w, &words[(codes >> (6 * v) & 63) * static_cast<size_t>(block)],
+                  sizeof(T) * static_cast<size_t>(block));
+  }
+}
+
+template <class T>
+void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  const int64_t block = layer.tile.cols / 4;
+  const auto copy = block == 4   ? copy_codewords<4, T>
+                    : block == 8 ? copy_codewords<8, T>
+                                 : copy_codewords<0, T>;
+  copy(layer, row0, row1, w);
+}
+
 }  // namespace
 
 std::vector<Term> vq_cyclic_terms(const Spec& spec, Shape shape) {
@@ -82,9 +117,14 @@ std::vector<Term> vq_cyclic_terms(const Spec& spec, Shape shape) {
                 {"out_scale", Axis::out, {shape.out}}};
   row.out_scale = VqCyclic::kOutScale;
   row.decode = decode_loop<VqCyclic>;
+  if (block <= 32) {  // beyond, the codewords are more than a usual row
+    row.decode = decode<float>;
+    row.decode_bf16 = decode<uint16_t>;
+  }
   row.adjoint = adjoint_loop<VqCyclic>;
   row.encode = encode;
   row.encode_batch = std::max<int64_t>(1, 8192 / row.tile.cols);
+  vq_cyclic_fast_slots(row, static_cast<int64_t>(block), current_isa());
   return {term};
 }
 

@@ -90,7 +90,7 @@ class Palette(Codec):
         if self.group:
             return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
         scale = row_scale(weight)
-        rows, weights = unit_rows(weight, scale, importance)
+        rows, weights = unit_rows(weight, importance)
         if self.layout == "pair":
             even = rows.shape[1] // 2 * 2
             book = pair_codebook(rows[:, :even].reshape(-1, 2), seed)
