@@ -217,9 +217,9 @@ class Judge:
         return [None if a is None else (a - b).norm() for a, b in pairs]
 
     def noise(self, x, grad, size):
-        """How far each gradient moves (root mean square of four trials, absolute) when operands
-        and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
-        little where few numbers carry the norm."""
+        """How far each gradient moves (root mean square of four trials, absolute) when operands,
+        dLoss/dW and dLoss/dx are off by up to `size` of themselves, as rounding does. One trial
+        says too little where few numbers carry the norm."""
 
         def off(t):
             return t * (1 + size * (2 * torch.rand(t.shape, dtype=torch.float64) - 1))
@@ -229,7 +229,7 @@ class Judge:
         squares = [0.0] * len(want)
         for _ in range(4):
             near_x, near_grad = off(x), off(grad)
-            moved = [near_grad @ off(w), *self.param_grads(off(near_grad.t() @ near_x))]
+            moved = [off(near_grad @ off(w)), *self.param_grads(off(near_grad.t() @ near_x))]
             for i, (a, b) in enumerate(zip(moved, want, strict=True)):
                 if a is not None:
                     squares[i] += ((a - b) ** 2).sum().item() / 4

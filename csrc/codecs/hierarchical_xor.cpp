@@ -143,7 +143,7 @@ class XorSearch::Tree {
     split(values, middle, end);
   }
 
-  std::vector<int> order_;             // canonical indices by leaf
+  std::vector<int> order_;  // canonical indices by leaf
   int leaf_, visited_;
   Quads all_, means_;
 };

@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t kLanes = 64;  // vectors searched at once
 
-// The nearest of all 64 codewords for vectors given by component: w[j * kLanes + lane], importance h
-// likewise. A codeword and its negative are one candidate: with dot = sum h w p and power =
-// sum h p^2 the better sign leaves power - 2 |dot| of the error.
+// The nearest of all 64 codewords for vectors given by component: w[j * kLanes + lane], importance
+// h likewise. A codeword and its negative are one candidate: with dot = sum h w p and power = sum h
+// p^2 the better sign leaves power - 2 |dot| of the error.
 RS_CLONES void search(const float* w, const float* h, const float* prototypes, int block,
                       float* least, int32_t* code) {
   for (int64_t l = 0; l < kLanes; ++l) least[l] = INFINITY, code[l] = 0;
@@ -49,22 +49,22 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
   float *parts = by_part.data(), *importance = parts + kLanes * block;
   float least[kLanes];
   int32_t code[kLanes];
-  for_each_strip(
-      layer, w, options, tile0, tile1,
-      [&](int64_t tile, int64_t count, const float* strip, const float* h) {
-        uint8_t* at = codes + tile * layer.tile.bytes;
-        for (int64_t v = 0; v < 4 * count; v += kLanes) {
-          const int64_t n = std::min(kLanes, 4 * count - v);
-          for (int64_t l = 0; l < n; ++l)
-            for (int j = 0; j < block; ++j) {
-              parts[j * kLanes + l] = strip[(v + l) * block + j];
-              importance[j * kLanes + l] = h[(v + l) * block + j];
-            }
-          search(parts, importance, layer.params[VqCyclic::kPrototypeValues], block, least, code);
-          for (int64_t l = 0; l < n; ++l)
-            write_bits<6>(at, 6 * (v + l), static_cast<uint32_t>(code[l]));
-        }
-      });
+  for_each_strip(layer, w, options, tile0, tile1,
+                 [&](int64_t tile, int64_t count, const float* strip, const float* h) {
+                   uint8_t* at = codes + tile * layer.tile.bytes;
+                   for (int64_t v = 0; v < 4 * count; v += kLanes) {
+                     const int64_t n = std::min(kLanes, 4 * count - v);
+                     for (int64_t l = 0; l < n; ++l)
+                       for (int j = 0; j < block; ++j) {
+                         parts[j * kLanes + l] = strip[(v + l) * block + j];
+                         importance[j * kLanes + l] = h[(v + l) * block + j];
+                       }
+                     search(parts, importance, layer.params[VqCyclic::kPrototypeValues], block,
+                            least, code);
+                     for (int64_t l = 0; l < n; ++l)
+                       write_bits<6>(at, 6 * (v + l), static_cast<uint32_t>(code[l]));
+                   }
+                 });
 }
 
 inline void put(float value, float* to) { *to = value; }
@@ -83,8 +83,8 @@ void copy_codewords(const Layer& layer, int64_t row0, int64_t row1, T* w) {
     }
   const uint8_t* tile = layer.codes + row0 * layer.tile_cols() * 3;
   for (int64_t n = (row1 - row0) * layer.tile_cols(); n > 0; --n, tile += 3) {
-    const uint32_t codes = tile[0] | static_cast<uint32_t>(tile[1]) << 8 |
-                           static_cast<uint32_t>(tile[2]) << 16;
+    const uint32_t codes =
+        tile[0] | static_cast<uint32_t>(tile[1]) << 8 | static_cast<uint32_t>(tile[2]) << 16;
     for (int v = 0; v < 4; ++v, w += block)
       std::memcpy(w, &words[(codes >> (6 * v) & 63) * static_cast<size_t>(block)],
                   sizeof(T) * static_cast<size_t>(block));

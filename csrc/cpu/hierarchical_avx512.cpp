@@ -2,6 +2,7 @@
 //
 // linear   mode=mul: a tile is a 32-bit lane. Four bits of it, two deltas, find two int16
 //          multipliers at once by vpermd; after four lookups the lane's sum meets its base.
+//          mode=xor: in float32, as decode.
 // decode   eight 32-bit lanes per tile, each shifted to its own delta.
 #include "fast.h"
 
@@ -27,13 +28,16 @@ constexpr Spread kSpread;
 struct Words {
   alignas(64) uint32_t at[16];
 };
-constexpr Words kMasks = {{0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0,
-                           0xF0, 0xF00, 0xFF}};
+constexpr Words kMasks = {
+    {0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF}};
 struct alignas(64) Cosines {
   float at[16];
 };
-constexpr Cosines kCosines = {
-    {127, 117, 90, 49, 0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117}};
+constexpr float cosine(int times127) { return static_cast<float>(times127) / 8192; }
+constexpr Cosines kCosines = {{cosine(127), cosine(117), cosine(90), cosine(49), cosine(0),
+                               cosine(-49), cosine(-90), cosine(-117), cosine(-127), cosine(-117),
+                               cosine(-90), cosine(-49), cosine(0), cosine(49), cosine(90),
+                               cosine(117)}};
 
 }  // namespace
 }  // namespace rs
@@ -80,8 +84,7 @@ RS_INLINE __m512 xor_values(__m512i tile, __m512i delta, __m512 table) {
   const __m512i amp = _mm512_add_epi32(
       _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(63)), _mm512_set1_epi32(1));
   const __m512 cosine = _mm512_permutexvar_ps(turn, _mm512_load_ps(kCosines.at));
-  const __m512 factor = _mm512_mul_ps(_mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp)),
-                                      _mm512_set1_ps(1.0f / 8192));
+  const __m512 factor = _mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp));  // exact
   return _mm512_mul_ps(factor, _mm512_permutexvar_ps(code, table));
 }
 
@@ -92,26 +95,44 @@ RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
   store_lanes(w, _mm512_srli_epi32(round_bf16(x), 16), mask);
 }
 
-template <bool Xor, class T>
-void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+template <bool Xor, class Visit>
+RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
   alignas(64) float table[16];
   for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % (Xor ? 16 : 4)]);
   const __m512 entries = _mm512_load_ps(table);
-  const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 4;
-  for (int64_t left = (row1 - row0) * layer.tile_cols(); left > 0; left -= 16, codes += 64) {
-    const __m512i tiles =
-        _mm512_maskz_loadu_epi32(first_lanes(left), codes);
-    for (int i = 0; i < 8 && 2 * i < left; ++i, w += 16) {
-      const __m512i tile = _mm512_permutexvar_epi32(load(kSpread.tile[i]), tiles);
-      const __m512i delta = _mm512_srlv_epi32(tile, load(kSpread.shift));
-      if constexpr (Xor) {
-        store_values(w, xor_values(tile, delta, entries), first_lanes(8 * left - 16 * i));
-      } else {
-        store_values(w, mul_values(tile, delta, entries), first_lanes(8 * left - 16 * i));
-      }
-    }
+  const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
+    const __m512i tile = _mm512_permutexvar_epi32(load(kSpread.tile[i]), tiles);
+    const __m512i delta = _mm512_srlv_epi32(tile, load(kSpread.shift));
+    return Xor ? xor_values(tile, delta, entries) : mul_values(tile, delta, entries);
+  };
+  const uint8_t* codes = layer.codes + row * layer.tile_cols() * 4;
+  int64_t j = 0;
+  for (; j + 128 <= layer.in; j += 128, codes += 64) {
+    const __m512i tiles = load(codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) visit(i, j + 16 * i, vector(tiles, i), 0xFFFF);
   }
+  if (j == layer.in) return;
+  const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes((layer.in - j) / 8), codes);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    visit(i, j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
 }
+
+template <bool Xor, class T>
+void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  for (int64_t row = row0; row < row1; ++row, w += layer.in)
+    each_vector<Xor>(layer, row, [&](int, int64_t j, __m512 value, __mmask16 mask) RS_LAMBDA {
+      store_values(w + j, value, mask);
+    });
+}
+
+struct XorRows {
+  template <class Visit>
+  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+    each_vector<true>(layer, row, visit);
+  }
+};
 
 }  // namespace
 }  // namespace rs
@@ -127,12 +148,18 @@ void linear_mul(const Layer& layer, const float* x, int64_t m, float* y) {
   lane_linear(layer, x, m, y, table, MulView::kParts, MulView::kLane, kLaneKernels<MulView>);
 }
 
+void linear_xor(const Layer& layer, const float* x, int64_t m, float* y) {
+  float_linear(layer, x, m, y, kFloatKernels<XorRows>);
+}
+
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
   if (exclusive_or) {
     row.decode = decode_rows<true, float>;
     row.decode_bf16 = decode_rows<true, uint16_t>;
+    row.linear = linear_xor;
+    row.linear_max_m = 2 * kMaxBatch;
     return;
   }
   row.decode = decode_rows<false, float>;

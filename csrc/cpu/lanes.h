@@ -1,8 +1,8 @@
 // Products with codes that are looked up as int16: activations in the order of the lookups.
 //
 // A block of codes fills one 512-bit register. Its 32 int16 words are 32/unit lanes of `unit`
-// neighbouring weights, and `parts` lookups of one register each bring the block's weights: lane l of
-// lookup k stands for columns (l * parts + k) * unit and following. The integers are flushed to
+// neighbouring weights, and `parts` lookups of one register each bring the block's weights: lane l
+// of lookup k stands for columns (l * parts + k) * unit and following. The integers are flushed to
 // float32 after every block.
 #pragma once
 
@@ -80,10 +80,26 @@ inline void lane_linear(const Layer& layer, const float* x, int64_t m, float* y,
   for (int64_t b = 0; b < m; b += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
     const LaneActivations values(x + b * layer.in, batch, layer.in, parts, lane);
-    const LaneKernel kernel = kernels[std::countr_zero(static_cast<unsigned>(values.batch))];
+    const LaneKernel kernel = kernels[std::bit_width(static_cast<uint64_t>(batch - 1))];
     const LaneProduct product{layer, values, table, batch, y + b * layer.out};
     parallel_for(layer.out, grain,
                  [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
+  }
+}
+
+// The same for codes that are decoded to float32 in registers.
+using FloatKernel = void (*)(const Layer&, const float* x, int64_t m, float* y, int64_t row0,
+                             int64_t row1);
+
+inline void float_linear(const Layer& layer, const float* x, int64_t m, float* y,
+                         const FloatKernel (&kernels)[4]) {
+  const int64_t grain = row_grain(layer.out, layer.in);
+  for (int64_t b = 0; b < m; b += kMaxBatch) {
+    const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
+    const FloatKernel kernel = kernels[std::bit_width(static_cast<uint64_t>(batch - 1))];
+    parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
+      kernel(layer, x + b * layer.in, batch, y + b * layer.out, begin, end);
+    });
   }
 }
 

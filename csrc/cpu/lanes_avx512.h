@@ -8,6 +8,10 @@
 //   kScaled, scale(words)     whether 32-bit lanes have a float factor of their own, and that
 #pragma once
 
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns inside its own intrinsics
+
+#define RS_LAMBDA __attribute__((always_inline))
+
 namespace rs {
 namespace {
 
@@ -86,6 +90,33 @@ void lane_product(const LaneProduct& p, int64_t row0, int64_t row1) {
 template <class View>
 constexpr LaneKernel kLaneKernels[4] = {lane_product<View, 1>, lane_product<View, 2>,
                                         lane_product<View, 4>, lane_product<View, 8>};
+
+// Rows of x times decoded rows in float32. Rows::each(layer, row, visit) calls visit(i, j, w, mask)
+// for 16 weights at a time, those from column j on, with a constant i that rises by one or more.
+template <class Rows, int B>
+void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
+                   int64_t row1) {
+  constexpr int kSums = B == 1 ? 4 : 1;  // independent, so that additions need not wait
+  for (int64_t row = row0; row < row1; ++row) {
+    __m512 total[kSums][B];
+    for (auto& sums : total)
+      for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    Rows::each(layer, row, [&](int i, int64_t j, __m512 w, __mmask16 mask) RS_LAMBDA {
+      for (int b = 0; b < B; ++b) {
+        const float* from = x + (b < m ? b : m - 1) * layer.in + j;
+        __m512& sum = total[i % kSums][b];
+        sum = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, from), sum);
+      }
+    });
+    for (int b = 0; b < B; ++b) {
+      for (int i = 1; i < kSums; ++i) total[0][b] = _mm512_add_ps(total[0][b], total[i][b]);
+      if (b < m) y[b * layer.out + row] = _mm512_reduce_add_ps(total[0][b]);
+    }
+  }
+}
+template <class Rows>
+constexpr FloatKernel kFloatKernels[4] = {float_product<Rows, 1>, float_product<Rows, 2>,
+                                          float_product<Rows, 4>, float_product<Rows, 8>};
 
 // The lanes of `mask` to memory: all 32 bits of them, or the lower 16.
 RS_INLINE void store_lanes(float* w, __m512i bits, __mmask16 mask) {

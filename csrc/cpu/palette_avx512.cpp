@@ -4,14 +4,12 @@
 //          them up among 32 int16 entries: a smaller codebook repeats, so bits above a code change
 //          nothing. Words of 3 dense bits are cut by vpermb and vpmultishiftqb. Codes of a pair are
 //          in 32-bit lanes, where vpermi2d finds two int16 entries at once.
+//          Codebooks of groups are looked up in float32, as decode does.
 // decode   the bytes that hold a code by vpermb into 32-bit lanes, shifted by lane, looked up.
 #include "fast.h"
 
 #if RS_FAST_X86
-#include <bit>
-
 #include "../codecs/palette.h"
-#include "half.h"
 #include "lanes.h"
 
 namespace rs {
@@ -28,8 +26,8 @@ struct Spread {
     }
   }
 };
-constexpr Spread kThreeBits(6, 12, 2);   // four codes of 3 bits to a word
-constexpr Spread kPairCodes(5, 20, 4);   // four codes of 5 bits to a 32-bit lane
+constexpr Spread kThreeBits(6, 12, 2);  // four codes of 3 bits to a word
+constexpr Spread kPairCodes(5, 20, 4);  // four codes of 5 bits to a 32-bit lane
 
 // Where the codes of a chunk lie: 16 at a time, the two bytes that hold a code, and its place in
 // them.
@@ -69,9 +67,14 @@ struct Interleave {
 };
 constexpr Interleave kInterleave;
 
-// An entry as decode stores it.
-inline uint32_t entry_bits(float value, float) { return std::bit_cast<uint32_t>(value); }
-inline uint32_t entry_bits(float value, uint16_t) { return to_bf16(value); }
+// Even and odd lanes of two registers.
+struct Parity {
+  alignas(64) uint32_t at[2][16]{};
+  constexpr Parity() {
+    for (int i = 0; i < 32; ++i) at[i % 2][i / 2] = static_cast<uint32_t>(i);
+  }
+};
+constexpr Parity kParity;
 
 }  // namespace
 }  // namespace rs
@@ -109,8 +112,8 @@ struct PairView {
 
   RS_INLINE explicit PairView(const int16_t* table) : low(load(table)), high(load(table + 32)) {}
   RS_INLINE __m512i words(__m512i codes) const {
-    return _mm512_multishift_epi64_epi8(
-        load(kPairCodes.cut.at), _mm512_permutexvar_epi8(load(kPairCodes.bytes.at), codes));
+    return _mm512_multishift_epi64_epi8(load(kPairCodes.cut.at),
+                                        _mm512_permutexvar_epi8(load(kPairCodes.bytes.at), codes));
   }
   template <int K>
   RS_INLINE __m512i lookup(__m512i words) const {
@@ -124,44 +127,86 @@ RS_INLINE __m512i codes_at(__m512i bytes, int i) {
                            load(Chunk::kPlaces.shift[i]));
 }
 
-// n weights of one codebook from `size` bytes; `table` is its entries, repeated to sixteen.
-template <class Chunk, class T>
-RS_INLINE void decode_run(const uint8_t* codes, int64_t size, int64_t n, __m512i table, T* w) {
-  for (; n > 0; n -= Chunk::kCodes, codes += Chunk::kBytes, w += Chunk::kCodes) {
-    const __m512i bytes =
-        _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(Chunk::kBytes, size)), codes);
-    size -= Chunk::kBytes;
-    for (int i = 0; i < Chunk::kCodes / 16; ++i)
-      store_lanes(w + 16 * i, _mm512_permutexvar_epi32(codes_at<Chunk>(bytes, i), table),
-                  first_lanes(n - 16 * i));
+// A codebook as often as it fits.
+template <int Entries>
+RS_INLINE __m512 repeated(const float* book) {
+  if constexpr (Entries == 16) return _mm512_loadu_ps(book);
+  if constexpr (Entries == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(book));
+  if constexpr (Entries == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(book));
+  return _mm512_mask_mov_ps(_mm512_set1_ps(book[0]), 0xAAAA, _mm512_set1_ps(book[1]));
+}
+
+// As decode stores them: all bits, or bfloat16 in the lower 16, where a NaN becomes the quiet one.
+RS_INLINE __m512i stored(__m512 x, float) { return _mm512_castps_si512(x); }
+RS_INLINE __m512i stored(__m512 x, uint16_t) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_srli_epi32(_mm512_mask_mov_epi32(round_bf16(x), nan, _mm512_set1_epi32(0x7FC00000)),
+                           16);
+}
+
+// The entries of n weights of one codebook from `size` bytes, 16 at a time. `table` is the
+// codebook, repeated to sixteen.
+template <class Chunk, class Visit>
+RS_INLINE void look_up(const uint8_t* codes, int64_t size, int64_t n, __m512i table, Visit visit) {
+  constexpr int kVectors = Chunk::kCodes / 16;
+  int64_t j = 0;
+  for (; j + Chunk::kCodes <= n; j += Chunk::kCodes, codes += Chunk::kBytes) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(Chunk::kBytes), codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i)
+      visit(i, j + 16 * i, _mm512_permutexvar_epi32(codes_at<Chunk>(bytes, i), table), 0xFFFF);
+  }
+  if (j == n) return;
+  const __m512i bytes =
+      _mm512_maskz_loadu_epi8(first_bytes(size - j / Chunk::kCodes * Chunk::kBytes), codes);
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i)
+    visit(i, j + 16 * i, _mm512_permutexvar_epi32(codes_at<Chunk>(bytes, i), table),
+          first_lanes(n - j - 16 * i));
+}
+
+// A row is one run of codes when all of it has one codebook.
+template <class Chunk, int Entries, bool Grouped, class T, class Visit>
+RS_INLINE void each_run(const Layer& layer, int64_t row, Visit visit) {
+  const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
+  const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
+  for (int64_t run = 0; run < runs; ++run) {
+    const float* book = layer.params[0] + (Grouped ? (row * runs + run) * Entries : 0);
+    look_up<Chunk>(layer.codes + (row * runs + run) * size, size, cols,
+                   stored(repeated<Entries>(book), T{}),
+                   [&](int i, int64_t j, __m512i value, __mmask16 mask)
+                       RS_LAMBDA { visit(i, run * cols + j, value, mask); });
   }
 }
 
 template <class Chunk, int Entries, bool Grouped, class T>
 void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
-  // A row is one run when all of it has one codebook.
-  const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
-  const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
-  alignas(64) uint32_t entries[16];
-  for (int64_t run = row0 * runs; run < row1 * runs; ++run) {
-    if (Grouped || run == row0) {
-      const float* book = layer.params[0] + (Grouped ? run * Entries : 0);
-      for (int i = 0; i < 16; ++i) entries[i] = entry_bits(book[i % Entries], T{});
-    }
-    decode_run<Chunk>(layer.codes + run * size, size, cols, load(entries), w);
-    w += cols;
-  }
+  for (int64_t row = row0; row < row1; ++row, w += layer.in)
+    each_run<Chunk, Entries, Grouped, T>(layer, row,
+                                         [&](int, int64_t j, __m512i value, __mmask16 mask)
+                                             RS_LAMBDA { store_lanes(w + j, value, mask); });
 }
+
+template <class Chunk, int Entries>
+struct GroupedRows {
+  template <class Visit>
+  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+    each_run<Chunk, Entries, true, float>(
+        layer, row, [&](int i, int64_t j, __m512i value, __mmask16 mask) RS_LAMBDA {
+          visit(i, j, _mm512_castsi512_ps(value), mask);
+        });
+  }
+};
 
 template <class T>
 void decode_pairs(const Layer& layer, int64_t row0, int64_t row1, T* w) {
-  alignas(64) uint32_t first[32], second[32];
-  for (int i = 0; i < 32; ++i) {
-    first[i] = entry_bits(layer.params[0][2 * i], T{});
-    second[i] = entry_bits(layer.params[0][2 * i + 1], T{});
-  }
-  const __m512i first0 = load(first), first1 = load(first + 16);
-  const __m512i second0 = load(second), second1 = load(second + 16);
+  __m512i book[4];
+  for (int i = 0; i < 4; ++i) book[i] = stored(_mm512_loadu_ps(layer.params[0] + 16 * i), T{});
+  const __m512i even = load(kParity.at[0]), odd = load(kParity.at[1]);
+  const __m512i first0 = _mm512_permutex2var_epi32(book[0], even, book[1]);
+  const __m512i first1 = _mm512_permutex2var_epi32(book[2], even, book[3]);
+  const __m512i second0 = _mm512_permutex2var_epi32(book[0], odd, book[1]);
+  const __m512i second1 = _mm512_permutex2var_epi32(book[2], odd, book[3]);
   const __m512i low = load(kInterleave.at[0]), high = load(kInterleave.at[1]);
   const int64_t size = (row1 - row0) * layer.tile_cols() * 5;
   const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 5;
@@ -197,13 +242,21 @@ void fill_linear(Row& row) {
   row.linear_type = "16-bit codebook and activations per row";
 }
 
+template <class Chunk, int Entries>
+void grouped_linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  float_linear(layer, x, m, y, kFloatKernels<GroupedRows<Chunk, Entries>>);
+}
+
 template <class Chunk, class View>
 void fill(Row& row, bool grouped) {
   constexpr int kEntries = View::kEntries;
-  row.decode = grouped ? decode<Chunk, kEntries, true, float> : decode<Chunk, kEntries, false, float>;
+  row.decode =
+      grouped ? decode<Chunk, kEntries, true, float> : decode<Chunk, kEntries, false, float>;
   row.decode_bf16 =
       grouped ? decode<Chunk, kEntries, true, uint16_t> : decode<Chunk, kEntries, false, uint16_t>;
-  if (!grouped) fill_linear<View>(row);
+  if (!grouped) return fill_linear<View>(row);
+  row.linear = grouped_linear<Chunk, kEntries>;
+  row.linear_max_m = 2 * kMaxBatch;
 }
 
 }  // namespace

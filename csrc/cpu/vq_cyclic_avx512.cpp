@@ -19,7 +19,8 @@ struct Spread {
     for (int i = 0; i < 64; ++i) {
       bytes.at[i] = static_cast<uint8_t>(i % 8 < 6 ? i / (2 * Block) * 6 + i % 8 : 63);
       const int vector = i / (2 * Block) * 2 * Block;  // rolled by Block / 4 int16
-      turn.at[i] = static_cast<uint8_t>((vector + (i - vector + 2 * Block - Block / 2) % (2 * Block)) % 16);
+      turn.at[i] =
+          static_cast<uint8_t>((vector + (i - vector + 2 * Block - Block / 2) % (2 * Block)) % 16);
     }
   }
 };
