@@ -74,7 +74,7 @@ def test_fields_are_where_the_header_says():
 
 def test_the_cosines_are_those_of_the_formula():
     turn = torch.arange(16, dtype=torch.float64) * torch.pi / 8
-    assert COSINE == tuple((127 * turn.cos()).round().int().tolist())
+    assert tuple((127 * turn.cos()).round().int().tolist()) == COSINE
 
 
 def test_bases_with_diff_zero_stand_for_all_bases():

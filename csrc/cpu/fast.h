@@ -16,7 +16,9 @@ namespace rs {
 
 enum class PaletteLayout;
 
+void hierarchical_avx2_slots(Row& row, bool exclusive_or);
 void hierarchical_avx512_slots(Row& row, bool exclusive_or);
+void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
 void palette_avx512_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
@@ -26,12 +28,14 @@ void vq_cyclic_avx512_slots(Row& row, int64_t block);
 
 inline void hierarchical_fast_slots(Row& row, bool exclusive_or, Isa isa) {
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) hierarchical_avx2_slots(row, exclusive_or);
   if (isa >= Isa::avx512) hierarchical_avx512_slots(row, exclusive_or);
 #endif
 }
 
 inline void palette_fast_slots(Row& row, PaletteLayout layout, int bits, bool grouped, Isa isa) {
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) palette_avx2_slots(row, layout, bits, grouped);
   if (isa >= Isa::avx512) palette_avx512_slots(row, layout, bits, grouped);
 #endif
 }

@@ -167,7 +167,7 @@ def pair_codebook(points: Tensor, seed: int) -> Tensor:
 
 
 def group_codebooks(w: Tensor, h: Tensor, entries: int, rounds: int = 30) -> Tensor:
-    """Codebooks (rows, groups, entries) of w (rows, groups, n) by Lloyd's algorithm from quantiles."""
+    """Codebooks (rows, groups, entries) of w (rows, groups, n) by Lloyd's algorithm."""
     at = ((torch.arange(entries) + 0.5) / entries * w.shape[-1]).long()
     book = w.sort(-1).values[..., at].double()
     for _ in range(rounds):
