@@ -86,17 +86,20 @@ def row_sample(weight: Tensor, limit: int) -> Tensor:
 
 
 def unit_rows(
-    weight: Tensor, scale: Tensor, importance: Tensor | None, limit: int = SAMPLE
+    weight: Tensor, importance: Tensor | None, limit: int = SAMPLE
 ) -> tuple[Tensor, Tensor]:
-    """Evenly spaced rows with their scale (out,) taken off, and what an error of each weight
-    counts: the column's importance times the squared scale, at most 1."""
-    count = min(weight.shape[0], max(1, limit // max(1, weight.shape[1])))
-    at = torch.arange(count) * weight.shape[0] // max(1, count)
-    rows = (weight[at] / scale[at, None]).nan_to_num(0, 0, 0)
+    """Evenly spaced rows, each with a mean square of one, and what an error of each weight counts:
+    the column's importance times the row's mean square, at most 1.
+
+    The rows do not depend on how a scale is held, so neither do fits to them."""
+    if not weight.numel():
+        return weight, weight
+    rows = row_sample(weight, limit).double()
+    size = rows.pow(2).mean(1, keepdim=True).sqrt()
     columns = torch.ones(weight.shape[1]) if importance is None else importance / importance.max()
-    peak = scale.abs().max() if count else torch.tensor(0.0)
-    relative = scale[at].abs() / peak.clamp_min(torch.finfo(torch.float32).tiny)
-    return rows, columns * relative.clamp_min(1e-9)[:, None] ** 2
+    relative = size / size.max().clamp_min(torch.finfo(torch.float64).tiny)
+    unit = (rows / size).nan_to_num(0, 0, 0).float()
+    return unit, columns * relative.clamp_min(1e-9).float() ** 2
 
 
 def kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:

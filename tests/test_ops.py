@@ -230,7 +230,7 @@ class Judge:
 
         def squares(near):
             near_x, near_grad = near(x), near(grad)
-            moved = [near_grad @ near(w), *self.param_grads(near(near_grad.t() @ near_x))]
+            moved = [near(near_grad @ near(w)), *self.param_grads(near(near_grad.t() @ near_x))]
             pairs = zip(moved, want, strict=True)
             return [0.0 if a is None else ((a - b) ** 2).sum().item() for a, b in pairs]
 

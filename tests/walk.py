@@ -68,7 +68,9 @@ def few(name: str) -> list[Codec]:
         if isinstance(value, bool):
             found.append(dataclasses.replace(default, **{field.name: not value}))
         for word in field.metadata.get("choices", ())[1:]:
-            found.append(_try(dataclasses.replace, default, **{field.name: word}))
+            own = _try(dataclasses.replace, default, **{field.name: word})
+            # A word may ask for other settings too: then the rate that has it.
+            found.append(own or next((c for c in rated if getattr(c, field.name) == word), None))
     found = [c for c in found if c is not None]
     return list(dict.fromkeys(found))
 

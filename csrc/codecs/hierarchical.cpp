@@ -37,8 +37,8 @@ struct Multipliers {
 // The base and deltas of least squared error, exactly: for a base b weight i takes the multiplier
 // nearest to w_i / b, which changes only where w_i / b meets a middle. Between two such borders the
 // choice of all eight is fixed and its best base is sum h w m / sum h m^2, which takes
-// (sum h w m)^2 / sum h m^2 off the error. So one trial just beyond each border (farther from zero),
-// and one beside zero on either side, sees every choice.
+// (sum h w m)^2 / sum h m^2 off the error. So one trial just beyond each border (farther from
+// zero), and one beside zero on either side, sees every choice.
 RS_CLONES void best_bases(const Groups& g, const Multipliers& m, float* base) {
   constexpr int kTrials = kBlock * 3 + 2;
   constexpr float kBeyond = 1.0f - 0x1p-20f;  // times 1/b
@@ -190,6 +190,7 @@ std::vector<Term> hierarchical_terms(const Spec& spec, Shape shape) {
   row.params.push_back({"out_scale", Axis::out, {shape.out}});
   row.out_scale = 1;
   row.encode_batch = 512;
+  hierarchical_fast_slots(row, mode == "xor", current_isa());
   return {term};
 }
 

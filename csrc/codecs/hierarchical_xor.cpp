@@ -143,13 +143,13 @@ class XorSearch::Tree {
     split(values, middle, end);
   }
 
-  std::vector<int> order_;             // canonical indices by leaf
+  std::vector<int> order_;  // canonical indices by leaf
   int leaf_, visited_;
   Quads all_, means_;
 };
 
 XorSearch::XorSearch(const float* levels) {
-  constexpr int kSamples = 4096, kKept = 1024;
+  constexpr int kSamples = 16384, kKept = 1024;
   constexpr float kSizes[4] = {1.0f, 0.75f, 1.0f, 1.33f};  // real groups differ more than Gaussian
   constexpr float kOnes[kHierarchicalBlock] = {1, 1, 1, 1, 1, 1, 1, 1};
   std::vector<Values> values(kCanonical);
@@ -171,7 +171,7 @@ XorSearch::XorSearch(const float* levels) {
   }
   std::stable_sort(bases.begin(), bases.end(), [&](int a, int b) { return uses[a] > uses[b]; });
   bases.resize(kKept);
-  tree_ = std::make_shared<const Tree>(values, bases, 16, 16);
+  tree_ = std::make_shared<const Tree>(values, bases, 16, 20);
 }
 
 uint32_t XorSearch::run(const float* w, const float* h) const {

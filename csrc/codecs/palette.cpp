@@ -27,8 +27,7 @@ struct Sorted {
   Sorted(const float* book, int n) : count(n) {
     std::iota(code.begin(), code.begin() + n, uint8_t{0});
     const auto key = [&](int i) { return std::isnan(book[i]) ? INFINITY : book[i]; };
-    std::stable_sort(code.begin(), code.begin() + n,
-                     [&](int a, int b) { return key(a) < key(b); });
+    std::stable_sort(code.begin(), code.begin() + n, [&](int a, int b) { return key(a) < key(b); });
     for (int i = 0; i + 1 < n; ++i) middle[i] = 0.5f * book[code[i]] + 0.5f * book[code[i + 1]];
   }
 };
@@ -108,7 +107,8 @@ class GroupFit {
     }
   }
 
-  // The better of two starts, quantiles and equal steps over the range, held to float16 values.
+  // The better of two starts, quantiles of the importance and equal steps over the range, held to
+  // float16 values.
   void fit(int entries, float* book) const {
     std::array<double, 16> best{}, now{};
     double least = std::numeric_limits<double>::infinity();
@@ -116,8 +116,9 @@ class GroupFit {
     for (int start = 0; start < 2; ++start) {
       for (int e = 0; e < entries; ++e) {
         const double part = (e + 0.5) / entries;
+        const auto at = std::upper_bound(mass_.begin(), mass_.end() - 1, part * mass_.back()) - 1;
         now[e] = start ? low + part * (high - low)
-                       : order_[static_cast<size_t>(part * static_cast<double>(size()))].first;
+                       : order_[static_cast<size_t>(at - mass_.begin())].first;
       }
       const double error = settle(entries, now.data());
       if (error < least) least = error, best = now;
@@ -269,7 +270,8 @@ std::vector<Term> palette_terms(const Spec& spec, Shape shape) {
   }
   const int64_t entries = layout == "pair" ? 32 : int64_t{1} << static_cast<int>(bits);
   if (grouped) {
-    row.params = {{"codebook", Axis::both, {shape.out, round_up(shape.in, group) / group, entries}}};
+    row.params = {
+        {"codebook", Axis::both, {shape.out, round_up(shape.in, group) / group, entries}}};
   } else {
     row.params.push_back({"codebook", Axis::shared, {entries}});
     if (layout == "pair") row.params[0].sizes.push_back(2);
@@ -277,6 +279,10 @@ std::vector<Term> palette_terms(const Spec& spec, Shape shape) {
     row.out_scale = 1;
   }
   row.encode_batch = std::max<int64_t>(1, 8192 / row.tile.cols);
+  const PaletteLayout kind = layout == "pair"    ? PaletteLayout::pair
+                             : layout == "words" ? PaletteLayout::words
+                                                 : PaletteLayout::dense;
+  palette_fast_slots(row, kind, static_cast<int>(bits), grouped, current_isa());
   return {term};
 }
 

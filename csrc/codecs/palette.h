@@ -19,6 +19,8 @@
 
 namespace rs {
 
+enum class PaletteLayout { dense, words, pair };
+
 template <int Bits>
 struct DenseIndex {
   static constexpr int kEntries = 1 << Bits, kUnit = 1;

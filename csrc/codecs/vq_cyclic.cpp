@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/clones.h"
 #include "../cpu/fast.h"
+#include "../cpu/half.h"
 #include "../cpu/loops.h"
 #include "../cpu/strips.h"
 
@@ -13,9 +15,9 @@ namespace {
 
 constexpr int64_t kLanes = 64;  // vectors searched at once
 
-// The nearest of all 64 codewords for vectors given by component: w[j * kLanes + lane], importance h
-// likewise. A codeword and its negative are one candidate: with dot = sum h w p and power =
-// sum h p^2 the better sign leaves power - 2 |dot| of the error.
+// The nearest of all 64 codewords for vectors given by component: w[j * kLanes + lane], importance
+// h likewise. A codeword and its negative are one candidate: with dot = sum h w p and power = sum h
+// p^2 the better sign leaves power - 2 |dot| of the error.
 RS_CLONES void search(const float* w, const float* h, const float* prototypes, int block,
                       float* least, int32_t* code) {
   for (int64_t l = 0; l < kLanes; ++l) least[l] = INFINITY, code[l] = 0;
@@ -47,22 +49,55 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
   float *parts = by_part.data(), *importance = parts + kLanes * block;
   float least[kLanes];
   int32_t code[kLanes];
-  for_each_strip(
-      layer, w, options, tile0, tile1,
-      [&](int64_t tile, int64_t count, const float* strip, const float* h) {
-        uint8_t* at = codes + tile * layer.tile.bytes;
-        for (int64_t v = 0; v < 4 * count; v += kLanes) {
-          const int64_t n = std::min(kLanes, 4 * count - v);
-          for (int64_t l = 0; l < n; ++l)
-            for (int j = 0; j < block; ++j) {
-              parts[j * kLanes + l] = strip[(v + l) * block + j];
-              importance[j * kLanes + l] = h[(v + l) * block + j];
-            }
-          search(parts, importance, layer.params[VqCyclic::kPrototypeValues], block, least, code);
-          for (int64_t l = 0; l < n; ++l)
-            write_bits<6>(at, 6 * (v + l), static_cast<uint32_t>(code[l]));
-        }
-      });
+  for_each_strip(layer, w, options, tile0, tile1,
+                 [&](int64_t tile, int64_t count, const float* strip, const float* h) {
+                   uint8_t* at = codes + tile * layer.tile.bytes;
+                   for (int64_t v = 0; v < 4 * count; v += kLanes) {
+                     const int64_t n = std::min(kLanes, 4 * count - v);
+                     for (int64_t l = 0; l < n; ++l)
+                       for (int j = 0; j < block; ++j) {
+                         parts[j * kLanes + l] = strip[(v + l) * block + j];
+                         importance[j * kLanes + l] = h[(v + l) * block + j];
+                       }
+                     search(parts, importance, layer.params[VqCyclic::kPrototypeValues], block,
+                            least, code);
+                     for (int64_t l = 0; l < n; ++l)
+                       write_bits<6>(at, 6 * (v + l), static_cast<uint32_t>(code[l]));
+                   }
+                 });
+}
+
+inline void put(float value, float* to) { *to = value; }
+inline void put(float value, uint16_t* to) { *to = to_bf16(value); }
+
+// Copies of the codewords, all 64 of which are made first. Block 0: known at run time only.
+template <int Block, class T>
+void copy_codewords(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  const VqCyclic::Tables tables(layer);
+  const int block = Block ? Block : tables.block;
+  std::vector<T> words(static_cast<size_t>(kVqCodes * block));
+  for (uint32_t code = 0; code < kVqCodes; ++code)
+    for (int j = 0; j < block; ++j) {
+      const float value = tables.prototypes[vq_source(code, j, block)];
+      put(vq_negative(code) ? -value : value, &words[code * static_cast<size_t>(block) + j]);
+    }
+  const uint8_t* tile = layer.codes + row0 * layer.tile_cols() * 3;
+  for (int64_t n = (row1 - row0) * layer.tile_cols(); n > 0; --n, tile += 3) {
+    const uint32_t codes =
+        tile[0] | static_cast<uint32_t>(tile[1]) << 8 | static_cast<uint32_t>(tile[2]) << 16;
+    for (int v = 0; v < 4; ++v, w += block)
+      std::memcpy(w, &words[(codes >> (6 * v) & 63) * static_cast<size_t>(block)],
+                  sizeof(T) * static_cast<size_t>(block));
+  }
+}
+
+template <class T>
+void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  const int64_t block = layer.tile.cols / 4;
+  const auto copy = block == 4   ? copy_codewords<4, T>
+                    : block == 8 ? copy_codewords<8, T>
+                                 : copy_codewords<0, T>;
+  copy(layer, row0, row1, w);
 }
 
 }  // namespace
@@ -82,9 +117,14 @@ std::vector<Term> vq_cyclic_terms(const Spec& spec, Shape shape) {
                 {"out_scale", Axis::out, {shape.out}}};
   row.out_scale = VqCyclic::kOutScale;
   row.decode = decode_loop<VqCyclic>;
+  if (block <= 32) {  // beyond, the codewords are more than a usual row
+    row.decode = decode<float>;
+    row.decode_bf16 = decode<uint16_t>;
+  }
   row.adjoint = adjoint_loop<VqCyclic>;
   row.encode = encode;
   row.encode_batch = std::max<int64_t>(1, 8192 / row.tile.cols);
+  vq_cyclic_fast_slots(row, static_cast<int64_t>(block), current_isa());
   return {term};
 }
 

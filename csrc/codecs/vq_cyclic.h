@@ -36,7 +36,8 @@ struct VqCyclic {
     const float* prototypes;
     int block;
     explicit Tables(const Layer& layer)
-        : prototypes(layer.params[kPrototypeValues]), block(static_cast<int>(layer.tile.cols / 4)) {}
+        : prototypes(layer.params[kPrototypeValues]),
+          block(static_cast<int>(layer.tile.cols / 4)) {}
   };
   // Sums of many terms, hence in float64.
   struct Grad {

@@ -15,10 +15,31 @@
 namespace rs {
 
 void cyclic_scalar_avx512_slots(Row& row, int bits, int64_t group);
+enum class PaletteLayout;
+
+void hierarchical_avx2_slots(Row& row, bool exclusive_or);
+void hierarchical_avx512_slots(Row& row, bool exclusive_or);
+void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
+void palette_avx512_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
+void vq_cyclic_avx512_slots(Row& row, int64_t block);
+
+inline void hierarchical_fast_slots(Row& row, bool exclusive_or, Isa isa) {
+#if RS_FAST_X86
+  if (isa >= Isa::avx2) hierarchical_avx2_slots(row, exclusive_or);
+  if (isa >= Isa::avx512) hierarchical_avx512_slots(row, exclusive_or);
+#endif
+}
+
+inline void palette_fast_slots(Row& row, PaletteLayout layout, int bits, bool grouped, Isa isa) {
+#if RS_FAST_X86
+  if (isa >= Isa::avx2) palette_avx2_slots(row, layout, bits, grouped);
+  if (isa >= Isa::avx512) palette_avx512_slots(row, layout, bits, grouped);
+#endif
+}
 
 // Fills the fast slots of a resolved row for this instruction set; leaves what it has nothing for.
 inline void cyclic_scalar_fast_slots(Row& row, int bits, int64_t group, Isa isa) {
@@ -32,6 +53,12 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx2) trellis_avx2_slots(row, k);
   if (isa >= Isa::avx512) trellis_avx512_slots(row, k);
+#endif
+}
+
+inline void vq_cyclic_fast_slots(Row& row, int64_t block, Isa isa) {
+#if RS_FAST_X86
+  if (isa >= Isa::avx512) vq_cyclic_avx512_slots(row, block);
 #endif
 }
 

@@ -8,8 +8,9 @@
 
 namespace rs {
 
-// Calls visit(tile, count, w, h) for the stretches of tiles [tile0, tile1) that share a row: `count`
-// tiles from `tile` on, their weights w and the importance h of the same columns (ones for null).
+// Calls visit(tile, count, w, h) for the stretches of tiles [tile0, tile1) that share a row:
+// `count` tiles from `tile` on, their weights w and the importance h of the same columns (ones for
+// null).
 template <class Visit>
 void for_each_strip(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
                     int64_t tile1, Visit&& visit) {

@@ -90,7 +90,7 @@ class Palette(Codec):
         if self.group:
             return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
         scale = row_scale(weight)
-        rows, weights = unit_rows(weight, scale, importance)
+        rows, weights = unit_rows(weight, importance)
         if self.layout == "pair":
             even = rows.shape[1] // 2 * 2
             book = pair_codebook(rows[:, :even].reshape(-1, 2), seed)
@@ -167,7 +167,7 @@ def pair_codebook(points: Tensor, seed: int) -> Tensor:
 
 
 def group_codebooks(w: Tensor, h: Tensor, entries: int, rounds: int = 30) -> Tensor:
-    """Codebooks (rows, groups, entries) of w (rows, groups, n) by Lloyd's algorithm from quantiles."""
+    """Codebooks (rows, groups, entries) of w (rows, groups, n) by Lloyd's algorithm."""
     at = ((torch.arange(entries) + 0.5) / entries * w.shape[-1]).long()
     book = w.sort(-1).values[..., at].double()
     for _ in range(rounds):

@@ -50,7 +50,7 @@ class VqCyclic(Codec):
 
     def initial_params(self, weight, seed, feedback=False, importance=None):
         scale = row_scale(weight)
-        rows, weights = unit_rows(weight, scale, importance, limit=1 << 16)
+        rows, weights = unit_rows(weight, importance, limit=1 << 16)
         whole = rows.shape[1] // self.block * self.block
         points, h = (x[:, :whole].reshape(-1, self.block) for x in (rows, weights))
         return {"prototypes": round_to_half(prototypes(points, h, seed)), "out_scale": scale}

@@ -1,0 +1,173 @@
+// Hierarchical codes on AVX-512 (BW, VBMI, VNNI).
+//
+// linear   mode=mul: a tile is a 32-bit lane. Four bits of it, two deltas, find two int16
+//          multipliers at once by vpermd; after four lookups the lane's sum meets its base.
+//          mode=xor: in float32, as decode.
+// decode   eight 32-bit lanes per tile, each shifted to its own delta.
+#include "fast.h"
+
+#if RS_FAST_X86
+#include "../codecs/hierarchical.h"
+#include "lanes.h"
+
+namespace rs {
+namespace {
+
+// Lane l of tiles 2i and 2i + 1: its tile, and the place of its delta.
+struct Spread {
+  alignas(64) uint32_t tile[8][16]{}, shift[16]{};
+  constexpr Spread() {
+    for (int l = 0; l < 16; ++l) {
+      for (int i = 0; i < 8; ++i) tile[i][l] = static_cast<uint32_t>(2 * i + l / 8);
+      shift[l] = static_cast<uint32_t>(16 + 2 * (l % 8));
+    }
+  }
+};
+constexpr Spread kSpread;
+
+struct Words {
+  alignas(64) uint32_t at[16];
+};
+constexpr Words kMasks = {
+    {0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF, 0, 0xF0, 0xF00, 0xFF}};
+struct alignas(64) Cosines {
+  float at[16];
+};
+constexpr float cosine(int times127) { return static_cast<float>(times127) / 8192; }
+constexpr Cosines kCosines = {{cosine(127), cosine(117), cosine(90), cosine(49), cosine(0),
+                               cosine(-49), cosine(-90), cosine(-117), cosine(-127), cosine(-117),
+                               cosine(-90), cosine(-49), cosine(0), cosine(49), cosine(90),
+                               cosine(117)}};
+
+}  // namespace
+}  // namespace rs
+
+#include "avx512.h"
+#include "lanes_avx512.h"
+
+namespace rs {
+namespace {
+
+struct MulView {
+  static constexpr int kParts = 4, kLane = 2, kBytes = 64;
+  static constexpr bool kScaled = true;
+  __m512i pairs;
+
+  // Entry e holds the multipliers of deltas e % 4 and e / 4.
+  RS_INLINE explicit MulView(const int16_t* table) {
+    alignas(64) int16_t at[32];
+    for (int e = 0; e < 16; ++e) at[2 * e] = table[e % 4], at[2 * e + 1] = table[e / 4];
+    pairs = load(at);
+  }
+  RS_INLINE __m512i words(__m512i codes) const { return codes; }
+  template <int K>
+  RS_INLINE __m512i lookup(__m512i words) const {
+    return _mm512_permutexvar_epi32(_mm512_srli_epi32(words, 16 + 4 * K), pairs);
+  }
+  RS_INLINE __m512 scale(__m512i words) const {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+  }
+};
+
+RS_INLINE __m512 mul_values(__m512i tile, __m512i delta, __m512 table) {
+  const __m512i base = _mm512_srai_epi32(_mm512_slli_epi32(tile, 16), 16);
+  const __m512 factor = _mm512_mul_ps(_mm512_cvtepi32_ps(base), _mm512_set1_ps(1.0f / 512));
+  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(delta, table));
+}
+
+RS_INLINE __m512 xor_values(__m512i tile, __m512i delta, __m512 table) {
+  const __m512i code = _mm512_xor_si512(tile, _mm512_permutexvar_epi32(delta, load(kMasks.at)));
+  // Lookups heed the low four bits: those above the phase and the level need no mask.
+  const __m512i turn =
+      _mm512_add_epi32(_mm512_srli_epi32(code, 12),
+                       _mm512_and_si512(_mm512_srli_epi32(code, 8), _mm512_set1_epi32(12)));
+  const __m512i amp = _mm512_add_epi32(
+      _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(63)), _mm512_set1_epi32(1));
+  const __m512 cosine = _mm512_permutexvar_ps(turn, _mm512_load_ps(kCosines.at));
+  const __m512 factor = _mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp));  // exact
+  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(code, table));
+}
+
+RS_INLINE void store_values(float* w, __m512 x, __mmask16 mask) {
+  _mm512_mask_storeu_ps(w, mask, x);
+}
+RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
+  store_lanes(w, _mm512_srli_epi32(round_bf16(x), 16), mask);
+}
+
+template <bool Xor, class Visit>
+RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
+  alignas(64) float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % (Xor ? 16 : 4)]);
+  const __m512 entries = _mm512_load_ps(table);
+  const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
+    const __m512i tile = _mm512_permutexvar_epi32(load(kSpread.tile[i]), tiles);
+    const __m512i delta = _mm512_srlv_epi32(tile, load(kSpread.shift));
+    return Xor ? xor_values(tile, delta, entries) : mul_values(tile, delta, entries);
+  };
+  const uint8_t* codes = layer.codes + row * layer.tile_cols() * 4;
+  int64_t j = 0;
+  for (; j + 128 <= layer.in; j += 128, codes += 64) {
+    const __m512i tiles = load(codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) visit(i, j + 16 * i, vector(tiles, i), 0xFFFF);
+  }
+  if (j == layer.in) return;
+  const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes((layer.in - j) / 8), codes);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    visit(i, j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
+}
+
+template <bool Xor, class T>
+void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  for (int64_t row = row0; row < row1; ++row, w += layer.in)
+    each_vector<Xor>(layer, row, [&](int, int64_t j, __m512 value, __mmask16 mask) RS_LAMBDA {
+      store_values(w + j, value, mask);
+    });
+}
+
+struct XorRows {
+  template <class Visit>
+  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+    each_vector<true>(layer, row, visit);
+  }
+};
+
+}  // namespace
+}  // namespace rs
+
+#pragma GCC pop_options
+
+namespace rs {
+namespace {
+
+void linear_mul(const Layer& layer, const float* x, int64_t m, float* y) {
+  IntegerTable table(layer.params[0], MulMode::kEntries);
+  table.unit *= 1.0f / 512;
+  lane_linear(layer, x, m, y, table, MulView::kParts, MulView::kLane, kLaneKernels<MulView>);
+}
+
+void linear_xor(const Layer& layer, const float* x, int64_t m, float* y) {
+  float_linear(layer, x, m, y, kFloatKernels<XorRows>);
+}
+
+}  // namespace
+
+void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
+  if (exclusive_or) {
+    row.decode = decode_rows<true, float>;
+    row.decode_bf16 = decode_rows<true, uint16_t>;
+    row.linear = linear_xor;
+    row.linear_max_m = 2 * kMaxBatch;
+    return;
+  }
+  row.decode = decode_rows<false, float>;
+  row.decode_bf16 = decode_rows<false, uint16_t>;
+  row.linear = linear_mul;
+  row.linear_max_m = 2 * kMaxBatch;
+  row.linear_type = "16-bit multipliers and activations per row";
+}
+
+}  // namespace rs
+#endif

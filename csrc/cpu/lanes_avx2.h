@@ -1,0 +1,96 @@
+// Switches this file to AVX2 up to its `#pragma GCC pop_options`; products of codes that are
+// decoded to float32 in registers. Internal to its file, as avx512.h is.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lanes.h"
+
+#define RS_INLINE __attribute__((always_inline)) inline
+#define RS_LAMBDA __attribute__((always_inline))
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+namespace rs {
+namespace {
+
+RS_INLINE __m256i load_words(const uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+// The first `count` lanes, of 8.
+RS_INLINE __m256i first_of_eight(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
+  if (count == 8) return _mm256_storeu_ps(w, x);
+  _mm256_maskstore_ps(w, first_of_eight(count), x);
+}
+
+// Rows of x times decoded rows. Rows::each(layer, row, visit) calls visit(i, j, w, count) for the
+// `count`, at most 8, weights from column j on, with a constant i that rises by one or more.
+template <class Rows, int B>
+void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
+                   int64_t row1) {
+  constexpr int kSums = B == 1 ? 4 : 1;  // independent, so that additions need not wait
+  for (int64_t row = row0; row < row1; ++row) {
+    __m256 total[kSums][B];
+    for (auto& sums : total)
+      for (__m256& sum : sums) sum = _mm256_setzero_ps();
+    Rows::each(layer, row, [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
+      for (int b = 0; b < B; ++b) {
+        const float* from = x + (b < m ? b : m - 1) * layer.in + j;
+        __m256& sum = total[i % kSums][b];
+        sum = _mm256_fmadd_ps(
+            w, count == 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_of_eight(count)),
+            sum);
+      }
+    });
+    for (int b = 0; b < B; ++b) {
+      for (int i = 1; i < kSums; ++i) total[0][b] = _mm256_add_ps(total[0][b], total[i][b]);
+      __m128 s =
+          _mm_add_ps(_mm256_castps256_ps128(total[0][b]), _mm256_extractf128_ps(total[0][b], 1));
+      s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+      if (b < m) y[b * layer.out + row] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+  }
+}
+template <class Rows>
+constexpr FloatKernel kFloatKernels[4] = {float_product<Rows, 1>, float_product<Rows, 2>,
+                                          float_product<Rows, 4>, float_product<Rows, 8>};
+
+template <class Rows>
+void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  for (int64_t row = row0; row < row1; ++row, w += layer.in)
+    Rows::each(layer, row, [&](int, int64_t j, __m256 value, int64_t count) RS_LAMBDA {
+      store_some(w + j, value, count);
+    });
+}
+
+// Up to sixteen floats to look up by the low bits of a code: 3 for 8 of them, 4 for 16.
+template <int Entries>
+struct FloatTable {
+  __m256 low, high;
+
+  RS_INLINE explicit FloatTable(const float* values) {
+    if constexpr (Entries >= 8) {
+      low = _mm256_loadu_ps(values);
+      high = _mm256_loadu_ps(values + Entries - 8);
+    } else {
+      float at[8];
+      for (int i = 0; i < 8; ++i) at[i] = values[i % Entries];
+      low = high = _mm256_loadu_ps(at);
+    }
+  }
+  RS_INLINE __m256 operator()(__m256i code) const {
+    const __m256 first = _mm256_permutevar8x32_ps(low, code);
+    if constexpr (Entries <= 8) return first;
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, code), upper);
+  }
+};
+
+}  // namespace
+}  // namespace rs

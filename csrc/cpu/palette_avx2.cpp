@@ -1,0 +1,158 @@
+// Palettes on AVX2, in float32: 32 bits of codes in every lane, each shifted to its own code, which
+// vpermps looks up among eight entries (twice for sixteen).
+#include "fast.h"
+
+#if RS_FAST_X86
+#include <cstring>
+
+#include "../codecs/palette.h"
+#include "lanes.h"
+
+namespace rs {
+namespace {
+
+// Sixteen words of five codes, 80 weights: of lane l of vector v its 32-bit word and place in it.
+struct WordPlaces {
+  uint32_t word[10][8]{}, shift[10][8]{};
+  constexpr WordPlaces() {
+    for (int j = 0; j < 80; ++j) {
+      word[j / 8][j % 8] = static_cast<uint32_t>(j / 10);
+      shift[j / 8][j % 8] = static_cast<uint32_t>(j / 5 % 2 * 16 + j % 5 * 3);
+    }
+  }
+};
+constexpr WordPlaces kWordPlaces;
+
+}  // namespace
+}  // namespace rs
+
+#include "lanes_avx2.h"
+
+namespace rs {
+namespace {
+
+template <int Bits>
+struct DenseCodes {
+  static constexpr int kEntries = 1 << Bits;
+
+  template <class Visit>
+  RS_INLINE static void each(const uint8_t* codes, int64_t size, int64_t n, const float* book,
+                             Visit visit) {
+    const FloatTable<kEntries> table(book);
+    const __m256i shift =
+        _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
+    const auto eight = [&](const uint8_t* from, int64_t bytes) RS_LAMBDA {
+      uint32_t word = 0;
+      std::memcpy(&word, from, static_cast<size_t>(bytes));
+      return table(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift));
+    };
+    int64_t j = 0;
+    // Four bytes are read for eight codes, so the last ones are taken one by one.
+    for (; j + 32 <= n - 8; j += 32, codes += 4 * Bits, size -= 4 * Bits) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) visit(i, j + 8 * i, eight(codes + i * Bits, 4), 8);
+    }
+    for (; j < n; j += 8, codes += Bits, size -= Bits)
+      visit(0, j, eight(codes, std::min<int64_t>(size, 4)), std::min<int64_t>(n - j, 8));
+  }
+};
+
+struct WordCodes {
+  static constexpr int kEntries = 8;
+
+  template <class Visit>
+  RS_INLINE static void each(const uint8_t* codes, int64_t size, int64_t n, const float* book,
+                             Visit visit) {
+    const FloatTable<kEntries> table(book);
+    const auto eight = [&](__m256i words, int i) RS_LAMBDA {
+      const __m256i word = _mm256_permutevar8x32_epi32(words, load_words(kWordPlaces.word[i]));
+      return table(_mm256_srlv_epi32(word, load_words(kWordPlaces.shift[i])));
+    };
+    int64_t j = 0;
+    for (; j + 80 <= n; j += 80, codes += 32, size -= 32) {
+      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+#pragma GCC unroll 10
+      for (int i = 0; i < 10; ++i) visit(i, j + 8 * i, eight(words, i), 8);
+    }
+    if (j == n) return;
+    uint8_t last[32] = {};
+    std::memcpy(last, codes, static_cast<size_t>(size));
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(last));
+    for (int i = 0; j < n; ++i, j += 8) visit(0, j, eight(words, i), std::min<int64_t>(n - j, 8));
+  }
+};
+
+// A row is one run of codes when all of it has one codebook.
+template <class Codes, bool Grouped>
+struct PaletteRows {
+  template <class Visit>
+  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+    const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
+    const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
+    for (int64_t run = 0; run < runs; ++run)
+      Codes::each(layer.codes + (row * runs + run) * size, size, cols,
+                  layer.params[0] + (Grouped ? (row * runs + run) * Codes::kEntries : 0),
+                  [&](int i, int64_t j, __m256 w, int64_t count)
+                      RS_LAMBDA { visit(i, run * cols + j, w, count); });
+  }
+};
+
+}  // namespace
+}  // namespace rs
+
+#pragma GCC pop_options
+
+namespace rs {
+namespace {
+
+template <class Rows>
+void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  float_linear(layer, x, m, y, kFloatKernels<Rows>);
+}
+
+template <class Rows>
+void fill(Row& row) {
+  row.decode = decode_rows<Rows>;
+  row.linear = linear<Rows>;
+  row.linear_max_m = kMaxBatch;
+}
+
+template <class Codes>
+void choose(Row& row, bool grouped) {
+  grouped ? fill<PaletteRows<Codes, true>>(row) : fill<PaletteRows<Codes, false>>(row);
+}
+
+// Pairs of weights as they lie in the codebook.
+void decode_pairs(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 5;
+  const float* book = layer.params[0];
+  for (int64_t tile = (row1 - row0) * layer.tile_cols(); tile > 0; --tile, codes += 5, w += 16) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, codes, 5);
+    for (int j = 0; j < 8; ++j)
+      std::memcpy(w + 2 * j, book + 2 * (bits >> (5 * j) & 31), 2 * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped) {
+  if (layout == PaletteLayout::pair) {
+    row.decode = decode_pairs;
+    return;
+  }
+  if (layout == PaletteLayout::words) return choose<WordCodes>(row, grouped);
+  switch (bits) {
+    case 1:
+      return choose<DenseCodes<1>>(row, grouped);
+    case 2:
+      return choose<DenseCodes<2>>(row, grouped);
+    case 3:
+      return choose<DenseCodes<3>>(row, grouped);
+    case 4:
+      return choose<DenseCodes<4>>(row, grouped);
+  }
+}
+
+}  // namespace rs
+#endif
