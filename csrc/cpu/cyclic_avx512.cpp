@@ -1,0 +1,220 @@
+// Sums of cyclic codes on AVX-512, 32 rows at a time and a cache line of codes of each.
+//
+// Two squares of 16 rows x 64 bytes are transposed so that a 32-bit lane holds the codes of one
+// row, then every column of 32 rows is looked up at once: a column's 256 dot products are eight
+// registers of 16-bit words, four vpermi2w look up 64 each and two bits of the index choose.
+// vpdpwssd multiplies by the level and adds two neighbouring columns of a row. Levels of more than
+// 11 bits would overflow: there the dot products are split into their upper and lower byte.
+#include "cyclic_product.h"
+#include "fast.h"
+
+#if RS_FAST_X86
+#include "avx512.h"
+
+namespace rs {
+namespace {
+
+constexpr __mmask32 kOdd = 0xAAAAAAAA;
+constexpr int kGroup = 32;  // rows
+
+struct Turns {
+  alignas(64) int16_t at[32]{};
+  constexpr Turns() {
+    for (int i = 0; i < 32; ++i) at[i] = kCyclic[0][i & 15];
+  }
+};
+constexpr Turns kTurns;
+
+// Lane r of out[i] is lane i of the line at rows[r].
+RS_INLINE void transpose(const uint8_t* const* rows, __mmask64 mask, __m512i* out) {
+  __m512i a[16], b[16];
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_maskz_loadu_epi8(mask, rows[r]);
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4)
+    for (int i = 0; i < 2; ++i) {
+      a[r + 2 * i] = _mm512_unpacklo_epi64(b[r + i], b[r + i + 2]);
+      a[r + 2 * i + 1] = _mm512_unpackhi_epi64(b[r + i], b[r + i + 2]);
+    }
+  // a[4 q + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 q to 4 q + 3.
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88),
+                  low1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88),
+                  high0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD),
+                  high1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
+    out[i] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+    out[i + 8] = _mm512_shuffle_i32x4(low0, low1, 0xDD);
+    out[i + 4] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+    out[i + 12] = _mm512_shuffle_i32x4(high0, high1, 0xDD);
+  }
+}
+
+// Words of 32-bit lanes: the lower of a and b in turn, and the upper.
+RS_INLINE __m512i lower(__m512i a, __m512i b) {
+  return _mm512_mask_blend_epi16(kOdd, a, _mm512_slli_epi32(b, 16));
+}
+RS_INLINE __m512i upper(__m512i a, __m512i b) {
+  return _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(a, 16), b);
+}
+
+// table[word & 255] for every word.
+RS_INLINE __m512i lookup256(const int16_t* table, __m512i index) {
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i)
+    part[i] = _mm512_permutex2var_epi16(load(table + 64 * i), index, load(table + 64 * i + 32));
+  const __mmask32 second = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+  return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(128)),
+                                 _mm512_mask_blend_epi16(second, part[0], part[1]),
+                                 _mm512_mask_blend_epi16(second, part[2], part[3]));
+}
+
+RS_INLINE __m512i turn_of(__m512i words) {  // phase in bits 12 to 15, diff in 10 and 11
+  const __m512i diff = _mm512_and_si512(_mm512_srli_epi16(words, 8), _mm512_set1_epi16(12));
+  return _mm512_add_epi16(_mm512_srli_epi16(words, 12), diff);  // below 32: the table repeats
+}
+RS_INLINE __m512i level(__m512i turn, __m512i amp) {
+  return _mm512_mullo_epi16(_mm512_permutexvar_epi16(turn, load(kTurns.at)), amp);
+}
+
+// Rows 0 to 15 and 16 to 31, a 32-bit sum each.
+struct Narrow {
+  __m512i sum[2];
+  RS_INLINE void clear() { sum[0] = sum[1] = _mm512_setzero_si512(); }
+  RS_INLINE void add(int half, __m512i level, __m512i dot) {
+    sum[half] = _mm512_dpwssd_epi32(sum[half], level, dot);
+  }
+  RS_INLINE __m512i total(int half, int quarter) const {
+    return _mm512_cvtepi32_epi64(quarter ? _mm512_extracti64x4_epi64(sum[half], 1)
+                                         : _mm512_castsi512_si256(sum[half]));
+  }
+};
+struct Split {
+  Narrow high, low;
+  RS_INLINE void clear() {
+    high.clear();
+    low.clear();
+  }
+  RS_INLINE void add(int half, __m512i level, __m512i dot) {
+    const __m512i byte = _mm512_srai_epi16(_mm512_add_epi16(dot, _mm512_set1_epi16(128)), 8);
+    high.add(half, level, byte);
+    low.add(half, level, _mm512_sub_epi16(dot, _mm512_slli_epi16(byte, 8)));
+  }
+  RS_INLINE __m512i total(int half, int quarter) const {
+    return _mm512_add_epi64(_mm512_slli_epi64(high.total(half, quarter), 8),
+                            low.total(half, quarter));
+  }
+};
+
+// Adds the columns of a line; a and b are the transposed squares of both halves of the rows.
+RS_INLINE void add_line(Cyclic16Word, const __m512i* a, const __m512i* b, const int16_t* table,
+                        Narrow& sums) {
+  const __m512i amps = _mm512_set1_epi16(15);
+#pragma GCC unroll 1
+  for (int i = 0; i < 16; ++i, table += 512) {
+    const __m512i even = lower(a[i], b[i]), odd = upper(a[i], b[i]);
+    const __m512i d0 = lookup256(table, _mm512_srli_epi16(even, 4)),
+                  d1 = lookup256(table + 256, _mm512_srli_epi16(odd, 4));
+    sums.add(0, level(_mm512_srli_epi16(a[i], 12), _mm512_and_si512(a[i], amps)), lower(d0, d1));
+    sums.add(1, level(_mm512_srli_epi16(b[i], 12), _mm512_and_si512(b[i], amps)), upper(d0, d1));
+  }
+}
+RS_INLINE void add_line(CyclicCompoundWord, const __m512i* a, const __m512i* b,
+                        const int16_t* table, Split& sums) {
+  const __m512i vectors = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16),
+                amps = _mm512_set1_epi16(63);
+#pragma GCC unroll 1
+  for (int i = 0; i < 16; ++i, table += 32) {  // two columns' dot products in one register
+    const __m512i dots = load(table), square[2] = {a[i], b[i]};
+    for (int half = 0; half < 2; ++half) {
+      const __m512i w = square[half];
+      const __m512i index = _mm512_or_si512(_mm512_and_si512(w, vectors), second);
+      sums.add(half, level(turn_of(w), _mm512_and_si512(_mm512_srli_epi16(w, 4), amps)),
+               _mm512_permutexvar_epi16(index, dots));
+    }
+  }
+}
+RS_INLINE void add_line(Cyclic32Word, const __m512i* a, const __m512i* b, const int16_t* table,
+                        Split& sums) {
+#pragma GCC unroll 1
+  for (int i = 0; i < 16; i += 2, table += 512) {
+    __m512i f[2], d[2];
+    for (int c = 0; c < 2; ++c) {
+      const __m512i low = lower(a[i + c], b[i + c]), high = upper(a[i + c], b[i + c]);
+      d[c] = lookup256(table + 256 * c, low);
+      f[c] = level(turn_of(high), _mm512_srli_epi16(low, 8));
+    }
+    sums.add(0, lower(f[0], f[1]), lower(d[0], d[1]));
+    sums.add(1, upper(f[0], f[1]), upper(d[0], d[1]));
+  }
+}
+
+template <class Word, class Sums>
+void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
+                  const int16_t* table, int64_t* sums) {
+  constexpr int64_t kColumns = 64 / Word::kBytes;
+  const uint8_t* ahead = codes + rows * row_bytes;  // the next rows, fetched in their order
+  for (int64_t r = 0; r < rows; ++r) sums[r] = 0;
+  for (int64_t c = 0; c < columns; c += kColumns, table += kColumns * Word::kVectors) {
+    const int64_t bytes = (columns - c) * Word::kBytes;
+    const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+    for (int64_t r = 0; r < rows; r += kGroup) {
+      const uint8_t* line[kGroup];
+      for (int i = 0; i < kGroup; ++i, ahead += 64) {
+        line[i] = codes + (r + i < rows ? r + i : rows - 1) * row_bytes + c * Word::kBytes;
+        _mm_prefetch(ahead, _MM_HINT_T1);
+      }
+      __m512i a[16], b[16];
+      transpose(line, mask, a);
+      transpose(line + 16, mask, b);
+      Sums acc;
+      acc.clear();
+      add_line(Word(), a, b, table, acc);
+      for (int part = 0; part < 4 && r + 8 * part < rows; ++part) {
+        const int64_t left = rows - r - 8 * part;
+        const __mmask8 lanes = static_cast<__mmask8>(left >= 8 ? 255 : (1 << left) - 1);
+        int64_t* to = sums + r + 8 * part;
+        const __m512i sum =
+            _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to), acc.total(part / 2, part % 2));
+        _mm512_mask_storeu_epi64(to, lanes, sum);
+      }
+    }
+  }
+}
+
+void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
+             int32_t* bins) {
+  for (int64_t r = 0; r < rows; ++r, g += kCyclicLanes) {
+    int32_t* to = bins + bin[r] * kCyclicLanes;
+    const __m512i lanes =
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(g)));
+    const __m512i product = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(level[r]));
+    _mm512_storeu_si512(to, _mm512_add_epi32(load(to), product));
+  }
+}
+
+}  // namespace
+}  // namespace rs
+
+#pragma GCC pop_options
+
+namespace rs {
+
+void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
+                           int32_t* bins) {
+  scatter(level, bin, g, rows, bins);
+}
+
+RS_CYCLIC_SUMS(avx512, Cyclic16Word) {
+  sums_of_rows<Cyclic16Word, Narrow>(codes, row_bytes, rows, columns, table, sums);
+}
+RS_CYCLIC_SUMS(avx512, CyclicCompoundWord) {
+  sums_of_rows<CyclicCompoundWord, Split>(codes, row_bytes, rows, columns, table, sums);
+}
+RS_CYCLIC_SUMS(avx512, Cyclic32Word) {
+  sums_of_rows<Cyclic32Word, Split>(codes, row_bytes, rows, columns, table, sums);
+}
+
+}  // namespace rs
+#endif
