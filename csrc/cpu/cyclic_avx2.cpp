@@ -110,6 +110,13 @@ void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t
   }
 }
 
+template <class Word>
+void sums_of_batch(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
+                   const int16_t* const* tables, int64_t batch, int64_t* sums) {
+  for (int64_t b = 0; b < batch; ++b)
+    sums_of_rows<Word>(codes, row_bytes, rows, columns, tables[b], sums + b * rows);
+}
+
 void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
              int32_t* bins) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -136,13 +143,13 @@ void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t*
 }
 
 RS_CYCLIC_SUMS(avx2, Cyclic16Word) {
-  sums_of_rows<Cyclic16Word>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_batch<Cyclic16Word>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 RS_CYCLIC_SUMS(avx2, CyclicCompoundWord) {
-  sums_of_rows<CyclicCompoundWord>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_batch<CyclicCompoundWord>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 RS_CYCLIC_SUMS(avx2, Cyclic32Word) {
-  sums_of_rows<Cyclic32Word>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_batch<Cyclic32Word>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 
 }  // namespace rs

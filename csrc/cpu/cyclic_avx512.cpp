@@ -15,7 +15,8 @@ namespace rs {
 namespace {
 
 constexpr __mmask32 kOdd = 0xAAAAAAAA;
-constexpr int kGroup = 32;  // rows
+constexpr int kGroup = 32;      // rows
+constexpr int64_t kRows = 128;  // whose fields, 16 KB, are in the first cache with one table
 
 struct Turns {
   alignas(64) int16_t at[32]{};
@@ -107,77 +108,106 @@ struct Split {
   }
 };
 
-// Adds the columns of a line; a and b are the transposed squares of both halves of the rows.
-RS_INLINE void add_line(Cyclic16Word, const __m512i* a, const __m512i* b, const int16_t* table,
-                        Narrow& sums) {
+// Two columns of 32 rows: levels by rows (0 to 15, 16 to 31), both columns in a 32-bit lane, and
+// indices by column (both halves of the rows in a lane), or by rows when compound.
+struct Fields {
+  __m512i level[2], index[2];
+};
+
+RS_INLINE void take_apart(Cyclic16Word, const __m512i* a, const __m512i* b, Fields* to) {
   const __m512i amps = _mm512_set1_epi16(15);
-#pragma GCC unroll 1
-  for (int i = 0; i < 16; ++i, table += 512) {
-    const __m512i even = lower(a[i], b[i]), odd = upper(a[i], b[i]);
-    const __m512i d0 = lookup256(table, _mm512_srli_epi16(even, 4)),
-                  d1 = lookup256(table + 256, _mm512_srli_epi16(odd, 4));
-    sums.add(0, level(_mm512_srli_epi16(a[i], 12), _mm512_and_si512(a[i], amps)), lower(d0, d1));
-    sums.add(1, level(_mm512_srli_epi16(b[i], 12), _mm512_and_si512(b[i], amps)), upper(d0, d1));
+  for (int i = 0; i < 16; ++i, ++to) {
+    to->level[0] = level(_mm512_srli_epi16(a[i], 12), _mm512_and_si512(a[i], amps));
+    to->level[1] = level(_mm512_srli_epi16(b[i], 12), _mm512_and_si512(b[i], amps));
+    to->index[0] = _mm512_srli_epi16(lower(a[i], b[i]), 4);
+    to->index[1] = _mm512_srli_epi16(upper(a[i], b[i]), 4);
   }
 }
-RS_INLINE void add_line(CyclicCompoundWord, const __m512i* a, const __m512i* b,
-                        const int16_t* table, Split& sums) {
+RS_INLINE void take_apart(CyclicCompoundWord, const __m512i* a, const __m512i* b, Fields* to) {
   const __m512i vectors = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16),
                 amps = _mm512_set1_epi16(63);
-#pragma GCC unroll 1
-  for (int i = 0; i < 16; ++i, table += 32) {  // two columns' dot products in one register
-    const __m512i dots = load(table), square[2] = {a[i], b[i]};
+  for (int i = 0; i < 16; ++i, ++to) {
+    const __m512i square[2] = {a[i], b[i]};
     for (int half = 0; half < 2; ++half) {
       const __m512i w = square[half];
-      const __m512i index = _mm512_or_si512(_mm512_and_si512(w, vectors), second);
-      sums.add(half, level(turn_of(w), _mm512_and_si512(_mm512_srli_epi16(w, 4), amps)),
-               _mm512_permutexvar_epi16(index, dots));
+      to->level[half] = level(turn_of(w), _mm512_and_si512(_mm512_srli_epi16(w, 4), amps));
+      to->index[half] = _mm512_or_si512(_mm512_and_si512(w, vectors), second);
     }
   }
 }
-RS_INLINE void add_line(Cyclic32Word, const __m512i* a, const __m512i* b, const int16_t* table,
-                        Split& sums) {
-#pragma GCC unroll 1
-  for (int i = 0; i < 16; i += 2, table += 512) {
-    __m512i f[2], d[2];
+RS_INLINE void take_apart(Cyclic32Word, const __m512i* a, const __m512i* b, Fields* to) {
+  for (int i = 0; i < 16; i += 2, ++to) {
+    __m512i f[2];
     for (int c = 0; c < 2; ++c) {
-      const __m512i low = lower(a[i + c], b[i + c]), high = upper(a[i + c], b[i + c]);
-      d[c] = lookup256(table + 256 * c, low);
-      f[c] = level(turn_of(high), _mm512_srli_epi16(low, 8));
+      to->index[c] = lower(a[i + c], b[i + c]);  // the index is in the low byte
+      f[c] = level(turn_of(upper(a[i + c], b[i + c])), _mm512_srli_epi16(to->index[c], 8));
     }
-    sums.add(0, lower(f[0], f[1]), lower(d[0], d[1]));
-    sums.add(1, upper(f[0], f[1]), upper(d[0], d[1]));
+    to->level[0] = lower(f[0], f[1]);
+    to->level[1] = upper(f[0], f[1]);
+  }
+}
+
+// Adds the two columns whose dot products begin at `table`.
+template <class Word, class Sums>
+RS_INLINE void add_columns(const Fields& f, const int16_t* table, Sums& sums) {
+  if constexpr (Word::kVectors == 16) {  // those of both columns in one register
+    for (int half = 0; half < 2; ++half)
+      sums.add(half, f.level[half], _mm512_permutexvar_epi16(f.index[half], load(table)));
+  } else {
+    const __m512i d0 = lookup256(table, f.index[0]), d1 = lookup256(table + 256, f.index[1]);
+    sums.add(0, f.level[0], lower(d0, d1));
+    sums.add(1, f.level[1], upper(d0, d1));
+  }
+}
+
+// sums[r..] += the sums of 32 rows, of which `rows` are there.
+template <class Sums>
+RS_INLINE void add_to(int64_t* sums, int64_t rows, const Sums& acc) {
+  for (int part = 0; part < 4 && 8 * part < rows; ++part) {
+    const int64_t left = rows - 8 * part;
+    const __mmask8 lanes = static_cast<__mmask8>(left >= 8 ? 255 : (1 << left) - 1);
+    int64_t* to = sums + 8 * part;
+    const __m512i sum =
+        _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to), acc.total(part / 2, part % 2));
+    _mm512_mask_storeu_epi64(to, lanes, sum);
   }
 }
 
 template <class Word, class Sums>
 void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                  const int16_t* table, int64_t* sums) {
-  constexpr int64_t kColumns = 64 / Word::kBytes;
+                  const int16_t* const* tables, int64_t batch, int64_t* sums) {
+  constexpr int64_t kColumns = 64 / Word::kBytes, kPairs = kColumns / 2;
   const uint8_t* ahead = codes + rows * row_bytes;  // the next rows, fetched in their order
-  for (int64_t r = 0; r < rows; ++r) sums[r] = 0;
-  for (int64_t c = 0; c < columns; c += kColumns, table += kColumns * Word::kVectors) {
-    const int64_t bytes = (columns - c) * Word::kBytes;
-    const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
-    for (int64_t r = 0; r < rows; r += kGroup) {
-      const uint8_t* line[kGroup];
-      for (int i = 0; i < kGroup; ++i, ahead += 64) {
-        line[i] = codes + (r + i < rows ? r + i : rows - 1) * row_bytes + c * Word::kBytes;
-        _mm_prefetch(ahead, _MM_HINT_T1);
+  for (int64_t i = 0; i < batch * rows; ++i) sums[i] = 0;
+  Fields fields[kRows / kGroup * kPairs];
+  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+    const int64_t r1 = rows - r0 < kRows ? rows : r0 + kRows;
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      const int64_t bytes = (columns - c) * Word::kBytes;
+      const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+      Fields* to = fields;
+      for (int64_t r = r0; r < r1; r += kGroup, to += kPairs) {
+        const uint8_t* line[kGroup];
+        for (int i = 0; i < kGroup; ++i, ahead += 64) {
+          line[i] = codes + (r + i < r1 ? r + i : r1 - 1) * row_bytes + c * Word::kBytes;
+          _mm_prefetch(ahead, _MM_HINT_T1);
+        }
+        __m512i a[16], b[16];
+        transpose(line, mask, a);
+        transpose(line + 16, mask, b);
+        take_apart(Word(), a, b, to);
       }
-      __m512i a[16], b[16];
-      transpose(line, mask, a);
-      transpose(line + 16, mask, b);
-      Sums acc;
-      acc.clear();
-      add_line(Word(), a, b, table, acc);
-      for (int part = 0; part < 4 && r + 8 * part < rows; ++part) {
-        const int64_t left = rows - r - 8 * part;
-        const __mmask8 lanes = static_cast<__mmask8>(left >= 8 ? 255 : (1 << left) - 1);
-        int64_t* to = sums + r + 8 * part;
-        const __m512i sum =
-            _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to), acc.total(part / 2, part % 2));
-        _mm512_mask_storeu_epi64(to, lanes, sum);
+      for (int64_t x = 0; x < batch; ++x) {
+        const Fields* from = fields;
+        for (int64_t r = r0; r < r1; r += kGroup) {
+          const int16_t* table = tables[x] + c * Word::kVectors;
+          Sums acc;
+          acc.clear();
+#pragma GCC unroll 1
+          for (int i = 0; i < kPairs; ++i, ++from, table += 2 * Word::kVectors)
+            add_columns<Word>(*from, table, acc);
+          add_to(sums + x * rows + r, r1 - r, acc);
+        }
       }
     }
   }
@@ -207,13 +237,13 @@ void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_
 }
 
 RS_CYCLIC_SUMS(avx512, Cyclic16Word) {
-  sums_of_rows<Cyclic16Word, Narrow>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_rows<Cyclic16Word, Narrow>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 RS_CYCLIC_SUMS(avx512, CyclicCompoundWord) {
-  sums_of_rows<CyclicCompoundWord, Split>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_rows<CyclicCompoundWord, Split>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 RS_CYCLIC_SUMS(avx512, Cyclic32Word) {
-  sums_of_rows<Cyclic32Word, Split>(codes, row_bytes, rows, columns, table, sums);
+  sums_of_rows<Cyclic32Word, Split>(codes, row_bytes, rows, columns, tables, batch, sums);
 }
 
 }  // namespace rs

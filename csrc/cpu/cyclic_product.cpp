@@ -145,16 +145,23 @@ void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t
   }
 }
 
+template <class Word>
+void sums_of_batch(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
+                   const int16_t* const* tables, int64_t batch, int64_t* sums) {
+  for (int64_t b = 0; b < batch; ++b)
+    sums_of_rows<Word>(codes, row_bytes, rows, columns, tables[b], sums + b * rows);
+}
+
 #if RS_FAST_X86
 template <class Word>
 void sums_avx2(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-               const int16_t* table, int64_t* sums) {
-  cyclic_sums_avx2(Word(), codes, row_bytes, rows, columns, table, sums);
+               const int16_t* const* tables, int64_t batch, int64_t* sums) {
+  cyclic_sums_avx2(Word(), codes, row_bytes, rows, columns, tables, batch, sums);
 }
 template <class Word>
 void sums_avx512(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                 const int16_t* table, int64_t* sums) {
-  cyclic_sums_avx512(Word(), codes, row_bytes, rows, columns, table, sums);
+                 const int16_t* const* tables, int64_t batch, int64_t* sums) {
+  cyclic_sums_avx512(Word(), codes, row_bytes, rows, columns, tables, batch, sums);
 }
 #endif
 
@@ -165,26 +172,34 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   for (int64_t b0 = 0; b0 < m; b0 += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b0);
     std::vector<DotTable> tables;
+    std::vector<const int16_t*> narrow;
+    std::vector<int64_t> of_narrow, of_wide;  // rows of x
     for (int64_t b = 0; b < batch; ++b) {
       DotTable& table = tables.emplace_back(columns, Word::kVectors);
       const float* row = x + (b0 + b) * layer.in;
       Integers ? table.fill_integer(row, basis, columns) : table.fill_float(row, basis, columns);
       table.unit /= 1 << Word::kShift;
+      if (table.wide.empty()) narrow.push_back(table.narrow.get());
+      (table.wide.empty() ? of_narrow : of_wide).push_back(b);
     }
     parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
-      int64_t sums[kRowBlock];
+      int64_t sums[kMaxBatch * kRowBlock];
       for (int64_t r = begin; r < end; r += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, end - r);
         const uint8_t* codes = layer.codes + r * row_bytes;
-        for (int64_t b = 0; b < batch; ++b) {
-          const DotTable& table = tables[static_cast<size_t>(b)];
-          if (table.wide.empty())
-            Sums(codes, row_bytes, rows, columns, table.narrow.get(), sums);
-          else
-            sums_of_rows<Word>(codes, row_bytes, rows, columns, table.wide.data(), sums);
+        const auto write = [&](int64_t b, const int64_t* from) {
+          const double unit = tables[static_cast<size_t>(b)].unit;
           for (int64_t i = 0; i < rows; ++i)
             y[(b0 + b) * layer.out + r + i] =
-                static_cast<float>(static_cast<double>(sums[i]) * table.unit);
+                static_cast<float>(static_cast<double>(from[i]) * unit);
+        };
+        Sums(codes, row_bytes, rows, columns, narrow.data(), std::ssize(narrow), sums);
+        for (size_t i = 0; i < of_narrow.size(); ++i)
+          write(of_narrow[i], sums + static_cast<int64_t>(i) * rows);
+        for (const int64_t b : of_wide) {
+          sums_of_rows<Word>(codes, row_bytes, rows, columns,
+                             tables[static_cast<size_t>(b)].wide.data(), sums);
+          write(b, sums);
         }
       }
     });
@@ -291,7 +306,7 @@ constexpr int64_t kDirectBatch = 32;  // beyond, panels of weights are as fast
 
 template <class Word, bool Integers>
 void choose_linear(Row& row, Isa isa) {
-  row.linear = linear<Word, Integers, sums_of_rows<Word, int16_t>>;
+  row.linear = linear<Word, Integers, sums_of_batch<Word>>;
 #if RS_FAST_X86
   if (isa >= Isa::avx2) row.linear = linear<Word, Integers, sums_avx2<Word>>;
   if (isa >= Isa::avx512) row.linear = linear<Word, Integers, sums_avx512<Word>>;

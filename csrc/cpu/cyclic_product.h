@@ -18,15 +18,17 @@ namespace rs {
 // upper part is still a byte.
 constexpr int kCyclicTop = 32512;
 
-// sums[r] = sum over columns c of level(code) * table[c * kVectors + index(code)] for the codes of
-// row r at codes + r * row_bytes. The table goes on with zeros up to a multiple of 32 columns.
+// sums[b * rows + r] = sum over columns c of level(code) * tables[b][c * kVectors + index(code)]
+// for the codes of row r at codes + r * row_bytes. Tables go on with zeros up to a multiple of 32
+// columns.
 using CyclicSums = void (*)(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                            const int16_t* table, int64_t* sums);
+                            const int16_t* const* tables, int64_t batch, int64_t* sums);
 
 // One for each word, told apart by the tag.
-#define RS_CYCLIC_SUMS(isa, Word)                                                     \
-  void cyclic_sums_##isa(Word, const uint8_t* codes, int64_t row_bytes, int64_t rows, \
-                         int64_t columns, const int16_t* table, int64_t* sums)
+#define RS_CYCLIC_SUMS(isa, Word)                                                      \
+  void cyclic_sums_##isa(Word, const uint8_t* codes, int64_t row_bytes, int64_t rows,  \
+                         int64_t columns, const int16_t* const* tables, int64_t batch, \
+                         int64_t* sums)
 RS_CYCLIC_SUMS(avx2, Cyclic16Word);
 RS_CYCLIC_SUMS(avx2, CyclicCompoundWord);
 RS_CYCLIC_SUMS(avx2, Cyclic32Word);
