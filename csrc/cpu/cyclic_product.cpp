@@ -75,6 +75,16 @@ RS_CLONES void to_words(const int32_t* x, int64_t n, int16_t* q) {
   for (int64_t i = 0; i < n; ++i) q[i] = static_cast<int16_t>(x[i]);
 }
 
+// Every run of 256 words as their lower bytes, then their upper ones.
+RS_CLONES void to_planes(int16_t* words, int64_t runs) {
+  for (int64_t run = 0; run < runs; ++run, words += 256) {
+    uint8_t planes[512];
+    for (int i = 0; i < 256; ++i) planes[i] = static_cast<uint8_t>(words[i]);
+    for (int i = 0; i < 256; ++i) planes[256 + i] = static_cast<uint8_t>(words[i] >> 8);
+    __builtin_memcpy(words, planes, sizeof planes);
+  }
+}
+
 template <class T>
 void raise(std::atomic<T>& peak, T value) {
   T before = peak.load();
@@ -88,7 +98,10 @@ struct DotTable {
   std::vector<int32_t> wide;  // instead, when 16 bits do not hold them
   double unit = 0;
 
-  DotTable(int64_t columns, int64_t vectors) : narrow(round_up(columns, kStrip) * vectors) {}
+  bool planes;
+
+  DotTable(int64_t columns, int64_t vectors, bool planes)
+      : narrow(round_up(columns, kStrip) * vectors), planes(planes) {}
 
   void fill_float(const float* x, const Basis& basis, int64_t columns) {
     const int64_t n = basis.vectors;
@@ -105,6 +118,7 @@ struct DotTable {
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
       to_words(dots.get() + begin * n, (end - begin) * n, quantum.inverse,
                narrow.get() + begin * n);
+      if (planes) to_planes(narrow.get() + begin * n, end - begin);
     });
   }
   void fill_integer(const float* x, const Basis& basis, int64_t columns) {
@@ -120,6 +134,7 @@ struct DotTable {
         integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, wide.data() + c * n);
       raise(peak, peak_of(wide.data() + begin * n, (end - begin) * n));
       to_words(wide.data() + begin * n, (end - begin) * n, narrow.get() + begin * n);
+      if (planes) to_planes(narrow.get() + begin * n, end - begin);
     });
     unit = double{of_x.unit} * of_basis.unit;
     if (peak.load() <= kCyclicTop) wide.clear();
@@ -165,7 +180,7 @@ void sums_avx512(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t 
 }
 #endif
 
-template <class Word, bool Integers, CyclicSums Sums>
+template <class Word, bool Integers, CyclicSums Sums, bool Planes = false>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t columns = layer.tile_cols(), row_bytes = columns * Word::kBytes;
   const Basis basis(layer, Word::kVectors);
@@ -175,7 +190,7 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
     std::vector<const int16_t*> narrow;
     std::vector<int64_t> of_narrow, of_wide;  // rows of x
     for (int64_t b = 0; b < batch; ++b) {
-      DotTable& table = tables.emplace_back(columns, Word::kVectors);
+      DotTable& table = tables.emplace_back(columns, Word::kVectors, Planes);
       const float* row = x + (b0 + b) * layer.in;
       Integers ? table.fill_integer(row, basis, columns) : table.fill_float(row, basis, columns);
       table.unit /= 1 << Word::kShift;
@@ -309,7 +324,8 @@ void choose_linear(Row& row, Isa isa) {
   row.linear = linear<Word, Integers, sums_of_batch<Word>>;
 #if RS_FAST_X86
   if (isa >= Isa::avx2) row.linear = linear<Word, Integers, sums_avx2<Word>>;
-  if (isa >= Isa::avx512) row.linear = linear<Word, Integers, sums_avx512<Word>>;
+  if (isa >= Isa::avx512)
+    row.linear = linear<Word, Integers, sums_avx512<Word>, Word::kVectors == 256>;
 #endif
 }
 
