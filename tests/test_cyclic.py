@@ -289,3 +289,19 @@ def test_settings_out_of_range_are_refused_in_both_languages(settings, message):
     text = ", ".join(f"{key}={value}" for key, value in settings.items())
     with pytest.raises(ValueError, match=message):
         ops._C.describe(f"cyclic({text})", 16, 32)
+
+
+def test_int8_refuses_rows_whose_dot_products_would_overflow():
+    codec = rs.codec("cyclic", activation="int8", block=0)
+    message = "at most 131072 weights, got 131073"
+    with pytest.raises(ValueError, match=message):
+        codec.tile((1, 131073))
+    with pytest.raises(ValueError, match=message):
+        ops._C.describe(codec.spec, 1, 131073)
+    # The largest sum there can be.
+    assert ops.describe(codec.spec, (1, 131072))[0]["tile"] == (1, 131072, 2)
+    packed = walk.random_layer(codec, (1, 131072))
+    packed.params["basis"].fill_(-1)
+    packed.codes[:] = torch.tensor([0x0F, 0x00], dtype=torch.uint8)
+    x = torch.ones(1, 131072)
+    assert torch.equal(packed.linear(x), Integers(packed).linear(x))
