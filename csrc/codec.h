@@ -83,6 +83,9 @@ struct Row {
   void (*linear)(const Layer&, const float* x, int64_t m, float* y) = nullptr;
   int64_t linear_max_m = 0;
   const char* linear_type = "float32";
+  // dx[m * in] = dy[m * out] @ T, any m. Optional: falls back to panels. For codecs whose settings
+  // name the arithmetic of both directions; its compute type is `linear_type` too.
+  void (*linear_grad_input)(const Layer&, const float* dy, int64_t m, float* dx) = nullptr;
   // Codes of tiles [tile0, tile1) of T (tile = row * tile_cols + col) for the target w[out * in],
   // and the params the codec fits per tile (others are read from layer.params). Codes come in
   // zeroed.

@@ -6,6 +6,7 @@
 #endif
 
 #include "codecs/all.h"
+#include "codecs/cyclic_tables.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -68,6 +69,12 @@ void huge_pages(uintptr_t data, size_t bytes) {
 #endif
 }
 
+template <class T>
+std::vector<int> numbers(const T& table) {
+  const auto* first = reinterpret_cast<const std::remove_all_extents_t<T>*>(&table);
+  return {first, first + sizeof table / sizeof *first};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -88,6 +95,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("exact", rs::exact);
   m.def("set_exact", rs::set_exact);
   m.def("describe", describe);
+  m.def("cyclic_tables", [] {
+    py::dict tables;
+    tables["cyclic"] = numbers(rs::kCyclic);
+    tables["cyclic16"] = numbers(rs::kCyclic16.at);
+    tables["cyclic_scalar"] = numbers(rs::kCyclicScalar);
+    return tables;
+  });
   m.def("huge_pages", huge_pages);
   m.def("set_progress", [](py::object f) {
     Py_XDECREF(callback);

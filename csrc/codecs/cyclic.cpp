@@ -126,6 +126,10 @@ std::vector<Term> cyclic_terms(const Spec& spec, Shape shape) {
                                 spec.word("block", ""));
   const int64_t block = wanted == 0 ? std::max<int64_t>(shape.in, 1) : static_cast<int64_t>(wanted);
   const bool integers = activation == "int8";
+  if (integers && block > kCyclicLongestInteger)
+    throw std::invalid_argument("cyclic: activation=int8 takes blocks of at most " +
+                                std::to_string(kCyclicLongestInteger) + " weights, got " +
+                                std::to_string(block));
   Term term;
   Row& row = term.row;
   row.name = "cyclic";

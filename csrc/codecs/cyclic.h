@@ -68,6 +68,9 @@ RS_HD int32_t cyclic_level(uint32_t word) {
   return kCyclic[0][Word::turn(word)] * Word::amp(word);
 }
 
+// Weights per code up to which dot products of bytes fit 32 bits, each of at most 127.
+constexpr int64_t kCyclicLongestInteger = int64_t{1} << 17;
+
 enum CyclicParam { kCyclicBasis, kCyclicOutScale };
 
 // spec: cyclic(word=16, compound=False, activation=float, block=8)

@@ -14,6 +14,7 @@
 
 namespace rs {
 
+void cyclic_scalar_avx2_slots(Row& row, int bits, int64_t group);
 void cyclic_scalar_avx512_slots(Row& row, int bits, int64_t group);
 enum class PaletteLayout;
 
@@ -44,6 +45,7 @@ inline void palette_fast_slots(Row& row, PaletteLayout layout, int bits, bool gr
 // Fills the fast slots of a resolved row for this instruction set; leaves what it has nothing for.
 inline void cyclic_scalar_fast_slots(Row& row, int bits, int64_t group, Isa isa) {
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) cyclic_scalar_avx2_slots(row, bits, group);
   if (isa >= Isa::avx512) cyclic_scalar_avx512_slots(row, bits, group);
 #endif
 }

@@ -167,11 +167,15 @@ void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, 
   });
 }
 
+// Exact accuracy takes the slots' own products only when they are made in float32.
+bool may_compute_so(const Row& row) {
+  return !exact() || std::string_view(row.linear_type) == "float32";
+}
+
 at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
                        at::ScalarType result) {
   const int64_t m = x.size(0);
-  const bool direct = row.linear && m <= row.linear_max_m &&
-                      !(exact() && std::string_view(row.linear_type) != "float32");
+  const bool direct = row.linear && m <= row.linear_max_m && may_compute_so(row);
   const bool by_row = !direct && m <= kRowProduct;
   const auto type = direct || by_row ? at::kFloat : panel_type();
   const at::Tensor inside =
@@ -193,9 +197,16 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
 
 at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
                            at::ScalarType result) {
-  const auto type = panel_type();
+  const bool direct = row.linear_grad_input && may_compute_so(row);
+  const auto type = direct ? at::kFloat : panel_type();
   const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
                                           row.out_block, nullptr, type);
+  if (direct) {
+    const at::Tensor dx = at::empty({grad.size(0), layer.in});
+    row.linear_grad_input(layer, inside.data_ptr<float>(), grad.size(0), dx.data_ptr<float>());
+    return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
+                         result);
+  }
   Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
   at::Tensor dx = at::empty({grad.size(0), layer.in});
   at::Tensor part = at::empty({grad.size(0), layer.in}, type);

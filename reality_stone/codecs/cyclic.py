@@ -22,6 +22,7 @@ SAMPLE = 1 << 13  # blocks the first basis is fitted on
 SAMPLE_WEIGHTS = 1 << 21
 ROUNDS = 6  # of k-means: the turns with the codes go on from there
 CHUNK = 1 << 22  # projections the reference encoder holds at once
+LONGEST_INTEGER = 1 << 17  # weights per code up to which dot products of bytes fit 32 bits
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,13 @@ class Cyclic(Codec):
         return 14 if self.word == 32 else 13 if self.compound else 11
 
     def tile(self, shape):
-        return Tile(1, self.block or max(1, shape[1]), self.word // 8)
+        block = self.block or max(1, shape[1])
+        if self.activation == "int8" and block > LONGEST_INTEGER:
+            raise ValueError(
+                f"cyclic: activation=int8 takes blocks of at most {LONGEST_INTEGER} weights, "
+                f"got {block}"
+            )
+        return Tile(1, block, self.word // 8)
 
     def params(self, shape):
         basis = Param("basis", (self.vectors, self.tile(shape).cols), "shared")

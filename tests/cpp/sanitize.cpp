@@ -150,6 +150,15 @@ void linear(Case& c, Floats kind) {
   }
 }
 
+void linear_grad_input(Case& c, Floats kind) {
+  if (!c.row.linear_grad_input) return;
+  for (int64_t m : {1, 15, 17}) {
+    Exact<float> dy(m * c.layer.out, 1), dx(m * c.layer.in, 1);
+    fill(dy, kind);
+    c.row.linear_grad_input(c.layer, dy.data(), m, dx.data());
+  }
+}
+
 // The first tiles and the last: enough for every edge, and quick for a search.
 void encode(Case& c) {
   const int64_t tiles = c.layer.tile_rows() * c.layer.tile_cols();
@@ -198,6 +207,7 @@ void walk(const std::string& text) {
           decode(c, name, kind == Floats::sane ? wanted[t].get() : nullptr);
           adjoint(c, kind);
           linear(c, kind);
+          linear_grad_input(c, kind);
           const bool small = shape.out * shape.in <= 33 * 50 && shape.out > 16;
           if (kind == Floats::sane && (c.row.tile.rows == 1 || (small && terms.size() == 1))) encode(c);
         }
