@@ -14,6 +14,10 @@
 
 namespace rs {
 
+enum class Amplitude;
+
+void bitfield_avx2_slots(Row& row, int word, Amplitude amplitude);
+void bitfield_avx512_slots(Row& row, int word, Amplitude amplitude);
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
@@ -25,6 +29,13 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx2) trellis_avx2_slots(row, k);
   if (isa >= Isa::avx512) trellis_avx512_slots(row, k);
+#endif
+}
+
+inline void bitfield_fast_slots(Row& row, int word, Amplitude amplitude, Isa isa) {
+#if RS_FAST_X86
+  if (isa == Isa::avx2) bitfield_avx2_slots(row, word, amplitude);
+  if (isa == Isa::avx512) bitfield_avx512_slots(row, word, amplitude);
 #endif
 }
 
