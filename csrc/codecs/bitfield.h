@@ -127,8 +127,7 @@ struct Bitfield {
   static float factor(const uint8_t* tile, int k, uint32_t code, const float* table,
                       const float* cosine) {
     const uint32_t at = entry(code);
-    if constexpr (Width != Amplitude::byte)
-      return interpolate(stored_fraction(tile, k), at, table);
+    if constexpr (Width != Amplitude::byte) return interpolate(stored_fraction(tile, k), at, table);
     return Word == 22 ? table[at] : mul(table[at], cosine[phase(code)]);
   }
 };

@@ -1,5 +1,4 @@
-// Bitfield loops for AVX-512, whose processors all extract bits (BMI2) in one step. Blocks are
-// short: vectors of 256 bits fit most.
+// Bitfield loops for AVX-512, whose processors all extract bits (BMI2) in one step.
 #include "fast.h"
 
 #if RS_FAST_X86
@@ -12,8 +11,9 @@
 #include "half.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=256")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 
+#define RS_BMI2_FMA
 #include "bitfield_loops.h"
 
 #pragma GCC pop_options

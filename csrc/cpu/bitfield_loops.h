@@ -1,14 +1,11 @@
 // Decode and direct product of bitfield codes, plain C++: each file that includes this compiles it
-// for its own instruction set, after its `#pragma GCC target` if it has one.
+// for its own instruction set, after its `#pragma GCC target` if it has one. With RS_BMI2_FMA it
+// uses those two.
 //
 // Product: dots[code][index][b] = <x_b, basis[index]> once per block of x, then each code costs a
 // table entry, a dot and a multiply-add, all float32. Dots of a strip of codes stay in the first
 // cache while a group of rows passes; the table mostly hits the second.
 #pragma once
-
-#if defined(__BMI2__)
-#include <immintrin.h>
-#endif
 
 #include "../codecs/bitfield.h"
 #include "half.h"
@@ -31,12 +28,20 @@ struct Unpacked {
 // The bits of `mask`, whose two runs are 10 and 4 bits long (or 12 and 4), side by side.
 template <uint64_t mask, int low, int gap>
 RS_FLAT uint64_t extract(uint64_t word) {
-#if defined(__BMI2__)
+#if defined(RS_BMI2_FMA)
   return _pext_u64(word, mask);
 #else
   constexpr int shift = std::countr_zero(mask);
   constexpr uint64_t ones = (uint64_t{1} << low) - 1;
   return (word >> (shift + gap) & 15u << low) | (word >> shift & ones);
+#endif
+}
+
+RS_FLAT float multiply_add(float a, float b, float sum) {
+#if defined(RS_BMI2_FMA)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
 #endif
 }
 
@@ -97,11 +102,30 @@ void decode_blocks(const Layer& layer, const typename Codec::Tables& tables, int
   }
 }
 
+// sums[b] += the products of n tiles with their dots.
+template <class Codec, int B>
+RS_FLAT void add_strip(const uint8_t* tile, int64_t n, const float* table, const float* cosine,
+                       const float* dot, float* sums) {
+  constexpr int kLanes = B == 1 ? 4 : 1;
+  float lanes[kLanes][B] = {};
+  for (int64_t t = 0; t < n; ++t, tile += Codec::kBytes, dot += Codec::kCodes * kBasis * B) {
+    const Unpacked<Codec> u = unpack<Codec>(tile);
+    for (int k = 0; k < Codec::kCodes; ++k) {
+      const float f = factor<Codec>(tile, u, k, table, cosine);
+      const float* d = dot + (k * kBasis + u.index[k]) * B;
+      float* lane = lanes[(t * Codec::kCodes + k) % kLanes];
+      for (int b = 0; b < B; ++b) lane[b] = multiply_add(f, d[b], lane[b]);
+    }
+  }
+  for (int i = 0; i < kLanes; ++i)
+    for (int b = 0; b < B; ++b) sums[b] += lanes[i][b];
+}
+
 // y[b * out + r] for rows [row0, row1) and b < m, from the dots of B >= m rows of x.
 template <class Codec, int B>
 void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, const float* dots,
                    int64_t row0, int64_t row1, int64_t m, float* y) {
-  constexpr int kCodes = Codec::kCodes, kLanes = B == 1 ? 4 : 1;
+  constexpr int kCodes = Codec::kCodes;
   constexpr int64_t kStrip = std::max(1, 16 / B / kCodes);  // tiles
   const float *table = tables.value, *cosine = tables.cosine;
   const int64_t tiles = layer.tile_cols(), row_bytes = tiles * Codec::kBytes;
@@ -110,24 +134,17 @@ void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, con
     float sums[kRowGroup][B] = {};
     for (int64_t strip = 0; strip < tiles; strip += kStrip) {
       const uint8_t* tile = layer.codes + group * row_bytes + strip * Codec::kBytes;
-      const int64_t n = std::min(kStrip, tiles - strip);
+      const float* dot = dots + strip * kCodes * kBasis * B;
+      const bool whole = strip + kStrip <= tiles;
       for (int64_t r = 0; r < rows; ++r, tile += row_bytes) {
         const uint8_t* ahead = tile + kRowsAhead * row_bytes;
         __builtin_prefetch(ahead);
-        if constexpr (kStrip * Codec::kBytes > 64) __builtin_prefetch(ahead + 64);
-        const float* dot = dots + strip * kCodes * kBasis * B;
-        float lanes[kLanes][B] = {};
-        for (int64_t t = 0; t < n; ++t) {
-          const uint8_t* at = tile + t * Codec::kBytes;
-          const Unpacked<Codec> u = unpack<Codec>(at);
-          for (int k = 0; k < kCodes; ++k, dot += kBasis * B) {
-            const float f = factor<Codec>(at, u, k, table, cosine);
-            const float* d = dot + u.index[k] * B;
-            for (int b = 0; b < B; ++b) lanes[k % kLanes][b] += f * d[b];
-          }
-        }
-        for (int i = 0; i < kLanes; ++i)
-          for (int b = 0; b < B; ++b) sums[r][b] += lanes[i][b];
+        __builtin_prefetch(ahead + kStrip * Codec::kBytes - 1);
+        // The usual length is a constant, so that the compiler unrolls.
+        if (whole)
+          add_strip<Codec, B>(tile, kStrip, table, cosine, dot, sums[r]);
+        else
+          add_strip<Codec, B>(tile, tiles - strip, table, cosine, dot, sums[r]);
       }
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -135,22 +152,20 @@ void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, con
   }
 }
 
-// dots of codes [code0, code1); x is (m, in).
+// dots of codes [code0, code1); x is (m, in), the basis turned to (block, 256).
 template <int B>
-void fill_dots(const float* x, int64_t in, int64_t m, const float* basis, int64_t block,
+void fill_dots(const float* x, int64_t in, int64_t m, const float* turned, int64_t block,
                int64_t code0, int64_t code1, float* dots) {
-  std::vector<float> turned(static_cast<size_t>(block * B));
-  for (int64_t c = code0; c < code1; ++c) {
-    for (int64_t b = 0; b < m; ++b)
-      for (int64_t j = 0; j < block; ++j)
-        turned[static_cast<size_t>(j * B + b)] = x[b * in + c * block + j];
-    for (int k = 0; k < kBasis; ++k) {
-      float sum[B] = {};
-      for (int64_t j = 0; j < block; ++j)
-        for (int b = 0; b < B; ++b) sum[b] += basis[k * block + j] * turned[j * B + b];
-      for (int b = 0; b < B; ++b) dots[(c * kBasis + k) * B + b] = sum[b];
+  for (int64_t c = code0; c < code1; ++c)
+    for (int64_t b = 0; b < m; ++b) {
+      float sums[kBasis] = {};
+      for (int64_t j = 0; j < block; ++j) {
+        const float value = x[b * in + c * block + j];
+        for (int k = 0; k < kBasis; ++k)
+          sums[k] = multiply_add(value, turned[j * kBasis + k], sums[k]);
+      }
+      for (int k = 0; k < kBasis; ++k) dots[(c * kBasis + k) * B + b] = sums[k];
     }
-  }
 }
 
 }  // namespace

@@ -20,20 +20,22 @@ void linear_slot(const Layer& layer, const float* x, int64_t m, float* y) {
   const typename Codec::Tables tables(layer);
   const int64_t codes = layer.tile_cols() * Codec::kCodes, block = layer.in / codes;
   const int64_t most = m == 1 ? 1 : m <= 4 ? 4 : kMaxBatch;
-  const Lines<float> dots(codes * kBasis * most);
+  const Lines<float> dots(codes * kBasis * most), turned(block * kBasis);
+  for (int64_t k = 0; k < kBasis; ++k)
+    for (int64_t j = 0; j < block; ++j) turned[j * kBasis + k] = tables.basis[k * block + j];
   for (int64_t b = 0; b < m; b += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
     const float* rows = x + b * layer.in;
     float* out = y + b * layer.out;
     const auto run = [&]<int B>() {
       parallel_for(codes, row_grain(codes, kBasis * block), [&](int64_t begin, int64_t end) {
-        fill_dots<B>(rows, layer.in, batch, tables.basis, block, begin, end, dots.get());
+        fill_dots<B>(rows, layer.in, batch, turned.get(), block, begin, end, dots.get());
       });
       parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
         multiply_rows<Codec, B>(layer, tables, dots.get(), begin, end, batch, out);
       });
     };
-    batch == 1 ? run.template operator()<1>()
+    batch == 1   ? run.template operator()<1>()
     : batch <= 4 ? run.template operator()<4>()
                  : run.template operator()<kMaxBatch>();
   }
