@@ -10,6 +10,7 @@ import reality_stone as rs
 from reality_stone import Packed, ops, reference
 from reality_stone.codecs import Bitfield
 from reality_stone.codecs.bitfield import entry_functions, parse_functions
+from reality_stone.codecs.bitfield_fit import fit_range
 from reality_stone.codecs.radial import radial_functions, radial_table
 
 m = mpmath
@@ -302,13 +303,22 @@ def test_gaussian_weights_at_blocks_of_eight_are_no_worse_than_the_table_says(wo
     assert 0.22 < error < 0.24  # the table: .28 with 16 of the bits
 
 
-def test_r_max_moves_toward_an_even_use_of_the_amplitudes():
-    weight = walk.gaussian(64, 512)
-    packed = Bitfield(functions="c1s0d0_c0s0d1").encode(weight)
-    assert 0.5 <= packed.params["r_max"].item() <= 8
-    fixed = Bitfield(functions="c1s0d0_c0s0d1", r_max=8).encode(weight)
-    errors = [walk.nmse(p.decode(), weight) for p in (packed, fixed)]
-    assert errors[0] < errors[1]
+def test_a_fitted_r_max_quantizes_factors_better_than_a_bad_one():
+    # tanh alone has 256 factors; along one line nothing but they can err. Beyond r = 4 it is flat.
+    inner, line = lines(64, 256, 1), walk.gaussian(1, 8, seed=1)
+    line = line / line.norm()
+    factors = (inner.view(-1, 8) @ line.t())[:, 0].numpy()
+
+    def error(r_max):
+        codec = Bitfield(functions="c0s0d0_c0s0d1", r_max=r_max)
+        found, size, signs = fit_range(inner, line, codec._table, r_max, cover=False, byte=True)
+        assert signs
+        values = np.sort(codec._table(found)[0]) * size
+        return (abs(factors[:, None] - values).min(1) ** 2).mean(), found
+
+    (fitted, r_max), (bad, _) = error(0), error(8)
+    assert 0.5 <= r_max < 8
+    assert fitted < bad
 
 
 def test_functions_of_one_sign_still_reach_both():

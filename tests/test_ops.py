@@ -217,7 +217,7 @@ class Judge:
         return [None if a is None else (a - b).norm() for a, b in pairs]
 
     def noise(self, x, grad, size):
-        """How far each gradient moves (root mean square of four trials, absolute) when operands
+        """How far each gradient moves (root mean square of twelve trials, absolute) when operands
         and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
         little where few numbers carry the norm."""
 
@@ -227,12 +227,12 @@ class Judge:
         x, grad, w = x.double(), grad.double(), self.w.detach()
         want = self.grads(x, grad)
         squares = [0.0] * len(want)
-        for _ in range(4):
+        for _ in range(12):
             near_x, near_grad = off(x), off(grad)
             moved = [near_grad @ off(w), *self.param_grads(off(near_grad.t() @ near_x))]
             for i, (a, b) in enumerate(zip(moved, want, strict=True)):
                 if a is not None:
-                    squares[i] += ((a - b) ** 2).sum().item() / 4
+                    squares[i] += ((a - b) ** 2).sum().item() / 12
         return [s**0.5 for s in squares]
 
 

@@ -54,12 +54,12 @@ def _every(x: Tensor, limit: int) -> Tensor:
 
 def spanning_lines(points: Tensor, count: int) -> Tensor | None:
     """Unit vectors (count, d) such that each of points (n, d) lies along one, or None where no
-    `count` lines do: the point farthest from all lines so far gives the next one."""
+    `count` lines do: the point farthest from all lines so far gives the next one. Those that are
+    not needed are zero."""
     points = points[points.abs().amax(1) > 0]
     unit = (points / points.abs().amax(1, keepdim=True)).double()
     unit = unit / unit.norm(dim=1, keepdim=True)
     lines = torch.zeros(count, points.shape[1], dtype=torch.float64)
-    lines[:, 0] = 1
     off = torch.ones(len(unit), dtype=torch.float64)  # sine of the angle to the nearest line
     for k in range(count):
         if not len(unit) or off.max() < SPANNED:
