@@ -236,7 +236,7 @@ class Judge:
         return [None if a is None else (a - b).norm() for a, b in pairs]
 
     def noise(self, x, grad, size):
-        """How far each gradient moves (root mean square of four trials, absolute) when operands
+        """How far each gradient moves (root mean square of twelve trials, absolute) when operands
         and dLoss/dW are off by up to `size` of themselves, as rounding does. One trial says too
         little where few numbers carry the norm. Where equal weights are rounded alike, errors do
         not cancel: then a trial with operands in bfloat16 says more, and counts."""
@@ -253,8 +253,8 @@ class Judge:
             pairs = zip(moved, want, strict=True)
             return [0.0 if a is None else ((a - b) ** 2).sum().item() for a, b in pairs]
 
-        trials = [squares(off) for _ in range(4)]
-        found = [(sum(s) / 4) ** 0.5 for s in zip(*trials, strict=True)]
+        trials = [squares(off) for _ in range(12)]
+        found = [(sum(s) / 12) ** 0.5 for s in zip(*trials, strict=True)]
         if size < 2.0**-9:
             return found
         rounding = squares(lambda t: rounded(t, torch.bfloat16))

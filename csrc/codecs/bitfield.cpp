@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "../cpu/bitfield_slots.h"
 #include "../cpu/fast.h"
 #include "../trig.h"
 
@@ -99,6 +100,8 @@ void fill(Row& row, int64_t block, uint64_t functions) {
   row.decode = decode<Codec>;
   row.adjoint = adjoint<Codec>;
   row.encode = bitfield_encode<Word, Width>;
+  fill_slots<Codec>(row);
+  bitfield_fast_slots(row, Word, Width, current_isa());
   const uint64_t all = Word == 22 ? ~uint64_t{0} : 0x3333333333333333;
   if (functions != all || Width == Amplitude::float32) row.check = check<Codec>;
 }

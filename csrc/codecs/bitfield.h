@@ -103,6 +103,12 @@ struct Bitfield {
     }
   }
 
+  static float interpolate(float t, uint32_t at, const float* table) {
+    const float low = t > 0 ? t : 0.0f, held = low < 1 ? low : 1.0f;
+    const uint32_t next = at + ((at & 255) < 255);
+    return add(table[at], mul(held, add(table[next], -table[at])));
+  }
+
   struct Tables {
     std::shared_ptr<const RadialTable> radial;
     const float *value, *slope, *cosine, *basis;
@@ -121,11 +127,7 @@ struct Bitfield {
   static float factor(const uint8_t* tile, int k, uint32_t code, const float* table,
                       const float* cosine) {
     const uint32_t at = entry(code);
-    if constexpr (Width != Amplitude::byte) {
-      const float t = stored_fraction(tile, k), low = t > 0 ? t : 0.0f, held = low < 1 ? low : 1.0f;
-      const uint32_t next = at + ((at & 255) < 255);
-      return add(table[at], mul(held, add(table[next], -table[at])));
-    }
+    if constexpr (Width != Amplitude::byte) return interpolate(stored_fraction(tile, k), at, table);
     return Word == 22 ? table[at] : mul(table[at], cosine[phase(code)]);
   }
 };

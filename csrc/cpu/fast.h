@@ -22,6 +22,10 @@ void hierarchical_avx2_slots(Row& row, bool exclusive_or);
 void hierarchical_avx512_slots(Row& row, bool exclusive_or);
 void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
 void palette_avx512_slots(Row& row, PaletteLayout layout, int bits, bool grouped);
+enum class Amplitude;
+
+void bitfield_avx2_slots(Row& row, int word, Amplitude amplitude);
+void bitfield_avx512_slots(Row& row, int word, Amplitude amplitude);
 void trellis_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
@@ -61,6 +65,13 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 inline void vq_cyclic_fast_slots(Row& row, int64_t block, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx512) vq_cyclic_avx512_slots(row, block);
+#endif
+}
+
+inline void bitfield_fast_slots(Row& row, int word, Amplitude amplitude, Isa isa) {
+#if RS_FAST_X86
+  if (isa == Isa::avx2) bitfield_avx2_slots(row, word, amplitude);
+  if (isa == Isa::avx512) bitfield_avx512_slots(row, word, amplitude);
 #endif
 }
 

@@ -15,6 +15,7 @@ SAMPLE = 1 << 13  # blocks that lines are fitted to
 FACTORS = 1 << 11  # factors that the range of radii is fitted to
 ROUNDS = 12
 SMOOTHING = 0.1  # of r_max from round to round: its exponential moving average
+SPANNED = 7 * 2.0**-24  # sine of an angle that a few roundings to float32 make
 TARGET_USE = 0.5  # of the range of amplitudes, on average over the codes
 
 
@@ -53,19 +54,19 @@ def _every(x: Tensor, limit: int) -> Tensor:
 
 def spanning_lines(points: Tensor, count: int) -> Tensor | None:
     """Unit vectors (count, d) such that each of points (n, d) lies along one, or None where no
-    `count` lines do: the point farthest from all lines so far gives the next one."""
+    `count` lines do: the point farthest from all lines so far gives the next one. Those that are
+    not needed are zero."""
     points = points[points.abs().amax(1) > 0]
     unit = (points / points.abs().amax(1, keepdim=True)).double()
     unit = unit / unit.norm(dim=1, keepdim=True)
     lines = torch.zeros(count, points.shape[1], dtype=torch.float64)
-    lines[:, 0] = 1
     off = torch.ones(len(unit), dtype=torch.float64)  # sine of the angle to the nearest line
     for k in range(count):
-        if not len(unit) or off.max() < 1e-7:  # two roundings to float32
+        if not len(unit) or off.max() < SPANNED:
             return lines.float()
         lines[k] = unit[off.argmax()]
         off = torch.minimum(off, (unit - (unit @ lines[k])[:, None] * lines[k]).norm(dim=1))
-    return lines.float() if off.max() < 1e-7 else None
+    return lines.float() if off.max() < SPANNED else None
 
 
 def _frames(points: Tensor, count: int, seed: int) -> Tensor:
@@ -114,7 +115,7 @@ def fit_range(
         values, entries = table(now)
         order = np.argsort(values, kind="stable")
         values, amps = values[order], entries[order] & top
-        both = min(values[-1], -values[0]) > 0.05 * max(values[-1], -values[0])
+        both = min((values > 0).mean(), (values < 0).mean()) > 0.01  # one function in 64 is enough
         reach = float(min(values[-1], -values[0]) if both else abs(values).max())
         wanted = factors if both else abs(factors) * np.sign(values[abs(values).argmax()])
         sizes = (
