@@ -40,7 +40,7 @@ py::list describe(const std::string& codec, int64_t out, int64_t in) {
     const rs::Row& row = term.row;
     py::list params;
     for (const rs::ParamSpec& p : row.params)
-      params.append(py::make_tuple(term.prefix + p.name, axis_name(p.axis), p.sizes));
+      if (!p.codes) params.append(py::make_tuple(term.prefix + p.name, axis_name(p.axis), p.sizes));
     py::dict entry;
     entry["name"] = row.name;
     entry["tile"] = py::make_tuple(row.tile.rows, row.tile.cols, row.tile.bytes);

@@ -186,6 +186,7 @@ def test_activation_checkpointing_gives_the_same_gradients(codec):
 @DEFAULTS
 def test_the_whole_layer_compiles_without_a_graph_break(codec):
     layer = copy.deepcopy(layer_of(codec))
+    torch._dynamo.reset()  # one program, compiled for more codecs than it keeps versions of
     # aot_eager traces forward and backward through the fake kernels; it needs no C++ compiler.
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for batch in (3, 5):

@@ -12,6 +12,7 @@
 #include "../codecs/trellis.h"
 #include "clones.h"
 #include "frame.h"
+#include "half.h"
 #include "isa.h"
 #include "parallel.h"
 #include "viterbi.h"
@@ -69,6 +70,21 @@ const float* param(const Layer& layer, int index) {
   return index < 0 ? nullptr : layer.params[index];
 }
 
+RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}
+
+// decode_bf16 of a codec, or its decode rounded, a row of tiles at a time.
+void decode_narrow(const Row& row, const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  if (row.decode_bf16) return row.decode_bf16(layer, row0, row1, w);
+  const int64_t unit = row.tile.rows, n = unit * layer.in;
+  std::vector<float> rows(static_cast<size_t>(n));
+  for (int64_t r = row0; r < row1; r += unit, w += n) {
+    row.decode(layer, r, r + unit, rows.data());
+    narrow(rows.data(), n, w);
+  }
+}
+
 // Rows [row0, row1) of T as a panel of float32 or bfloat16.
 void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
   const bool half = panel.scalar_type() == at::kBFloat16;
@@ -77,7 +93,7 @@ void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, 
     const int64_t at = (first - row0) * layer.in;
     if (!half) return row.decode(layer, first, last, panel.data_ptr<float>() + at);
     auto* out = reinterpret_cast<uint16_t*>(panel.data_ptr<at::BFloat16>()) + at;
-    row.decode_bf16(layer, first, last, out);
+    decode_narrow(row, layer, first, last, out);
   });
 }
 
@@ -114,8 +130,9 @@ int64_t input_gradient_panel(int64_t batch) {
   return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
 }
 
-at::ScalarType panel_type(const Row& row) {
-  return bf16_panels() && row.decode_bf16 ? at::kBFloat16 : at::kFloat;
+// A codec without a decode_bf16 is decoded to float32 and rounded: worth it for larger batches.
+at::ScalarType panel_type(const Row& row, int64_t batch) {
+  return bf16_panels() && (row.decode_bf16 || batch >= 32) ? at::kBFloat16 : at::kFloat;
 }
 
 // Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
@@ -153,7 +170,7 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
   const bool direct = row.linear && m <= row.linear_max_m &&
                       !(exact() && std::string_view(row.linear_type) != "float32");
   const bool by_row = !direct && m <= kRowProduct;
-  const auto type = direct || by_row ? at::kFloat : panel_type(row);
+  const auto type = direct || by_row ? at::kFloat : panel_type(row, m);
   const at::Tensor inside =
       through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
   at::Tensor y = at::empty({m, layer.out}, type);
@@ -173,7 +190,7 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
 
 at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
                            at::ScalarType result) {
-  const auto type = panel_type(row);
+  const auto type = panel_type(row, grad.size(0));
   const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
                                           row.out_block, nullptr, type);
   Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);

@@ -215,6 +215,8 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 def row_scale(weight: Tensor) -> Tensor:
     """Root mean square of each row (out,), held to float16 values: a usual first out_scale."""
+    if not weight.shape[1]:
+        return weight.new_zeros(weight.shape[0])
     peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return round_to_half(((weight / peak).pow(2).mean(1, keepdim=True).sqrt() * peak)[:, 0])
 
