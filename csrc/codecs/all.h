@@ -1,6 +1,7 @@
 // The list of codecs: the only one in C++.
 #pragma once
 
+#include "block_sparse.h"
 #include "residual.h"
 #include "sparse.h"
 #include "trellis.h"
@@ -14,6 +15,7 @@ struct CodecEntry {
 };
 
 constexpr CodecEntry kCodecs[] = {
+    {"block_sparse", block_sparse_terms},
     {"residual", residual_terms},
     {"sparse", sparse_terms},
     {"trellis", trellis_terms},

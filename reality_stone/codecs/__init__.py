@@ -9,17 +9,21 @@ from typing import Any
 
 from .. import ops
 from .base import Codec, Param, Tile
+from .block_sparse import BlockSparse
 from .residual import Residual
 from .sparse import Sparse
 from .trellis import Trellis
 from .uniform import Uniform
 
-REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (Residual, Sparse, Trellis, Uniform)}
+REGISTRY: dict[str, type[Codec]] = {
+    c.name: c for c in (BlockSparse, Residual, Sparse, Trellis, Uniform)
+}
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
 __all__ = [
     "REGISTRY",
+    "BlockSparse",
     "Codec",
     "Param",
     "Residual",
