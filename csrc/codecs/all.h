@@ -1,6 +1,7 @@
 // The list of codecs: the only one in C++.
 #pragma once
 
+#include "adaptive_precision.h"
 #include "block_sparse.h"
 #include "residual.h"
 #include "sparse.h"
@@ -15,6 +16,7 @@ struct CodecEntry {
 };
 
 constexpr CodecEntry kCodecs[] = {
+    {"adaptive_precision", adaptive_precision_terms},
     {"block_sparse", block_sparse_terms},
     {"residual", residual_terms},
     {"sparse", sparse_terms},

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from .. import ops
+from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
 from .block_sparse import BlockSparse
 from .residual import Residual
@@ -16,13 +17,14 @@ from .trellis import Trellis
 from .uniform import Uniform
 
 REGISTRY: dict[str, type[Codec]] = {
-    c.name: c for c in (BlockSparse, Residual, Sparse, Trellis, Uniform)
+    c.name: c for c in (AdaptivePrecision, BlockSparse, Residual, Sparse, Trellis, Uniform)
 }
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
 
 __all__ = [
     "REGISTRY",
+    "AdaptivePrecision",
     "BlockSparse",
     "Codec",
     "Param",
