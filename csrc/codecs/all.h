@@ -4,6 +4,7 @@
 #include "adaptive_precision.h"
 #include "block_sparse.h"
 #include "residual.h"
+#include "seed64.h"
 #include "sparse.h"
 #include "trellis.h"
 #include "uniform.h"
@@ -19,6 +20,7 @@ constexpr CodecEntry kCodecs[] = {
     {"adaptive_precision", adaptive_precision_terms},
     {"block_sparse", block_sparse_terms},
     {"residual", residual_terms},
+    {"seed64", seed64_terms},
     {"sparse", sparse_terms},
     {"trellis", trellis_terms},
     {"uniform", uniform_terms},

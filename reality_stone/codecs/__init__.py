@@ -12,12 +12,13 @@ from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
 from .block_sparse import BlockSparse
 from .residual import Residual
+from .seed64 import Seed64
 from .sparse import Sparse
 from .trellis import Trellis
 from .uniform import Uniform
 
 REGISTRY: dict[str, type[Codec]] = {
-    c.name: c for c in (AdaptivePrecision, BlockSparse, Residual, Sparse, Trellis, Uniform)
+    c.name: c for c in (AdaptivePrecision, BlockSparse, Residual, Seed64, Sparse, Trellis, Uniform)
 }
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
@@ -29,6 +30,7 @@ __all__ = [
     "Codec",
     "Param",
     "Residual",
+    "Seed64",
     "Sparse",
     "Tile",
     "Trellis",
