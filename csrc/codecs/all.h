@@ -3,6 +3,7 @@
 
 #include "adaptive_precision.h"
 #include "block_sparse.h"
+#include "hybrid.h"
 #include "residual.h"
 #include "seed64.h"
 #include "sparse.h"
@@ -19,6 +20,7 @@ struct CodecEntry {
 constexpr CodecEntry kCodecs[] = {
     {"adaptive_precision", adaptive_precision_terms},
     {"block_sparse", block_sparse_terms},
+    {"hybrid", hybrid_terms},
     {"residual", residual_terms},
     {"seed64", seed64_terms},
     {"sparse", sparse_terms},

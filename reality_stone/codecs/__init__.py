@@ -11,6 +11,7 @@ from .. import ops
 from .adaptive_precision import AdaptivePrecision
 from .base import Codec, Param, Tile
 from .block_sparse import BlockSparse
+from .hybrid import Hybrid
 from .residual import Residual
 from .seed64 import Seed64
 from .sparse import Sparse
@@ -18,7 +19,8 @@ from .trellis import Trellis
 from .uniform import Uniform
 
 REGISTRY: dict[str, type[Codec]] = {
-    c.name: c for c in (AdaptivePrecision, BlockSparse, Residual, Seed64, Sparse, Trellis, Uniform)
+    c.name: c
+    for c in (AdaptivePrecision, BlockSparse, Hybrid, Residual, Seed64, Sparse, Trellis, Uniform)
 }
 
 LONGEST_TEXT = 1000  # Python's parser recurses: files must not be able to exhaust it
@@ -28,6 +30,7 @@ __all__ = [
     "AdaptivePrecision",
     "BlockSparse",
     "Codec",
+    "Hybrid",
     "Param",
     "Residual",
     "Seed64",

@@ -1,0 +1,329 @@
+#include "hybrid.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "../cpu/clones.h"
+#include "../cpu/parallel.h"
+#include "../trig.h"
+
+namespace rs {
+
+HybridTables::HybridTables(int64_t side)
+    : side(side),
+      cosine(std::make_unique<float[]>(static_cast<size_t>(side * side))),
+      smooth(std::make_unique<float[]>(static_cast<size_t>(kSmooth * side * side))) {
+  const auto n = static_cast<double>(side);
+  for (int64_t u = 0; u < side; ++u)
+    for (int64_t i = 0; i < side; ++i)
+      cosine[u * side + i] = static_cast<float>(mul(
+          std::sqrt((u ? 2.0 : 1.0) / n),
+          turn_cosine(static_cast<uint64_t>((2 * i + 1) * u), static_cast<uint64_t>(4 * side))));
+  for (int64_t i = 0; i < side; ++i)
+    for (int64_t j = 0; j < side; ++j) {
+      // The side is even, so no weight sits at rho = 0.
+      const double y = static_cast<double>(2 * i - (side - 1)) / (n - 1),
+                   x = static_cast<double>(2 * j - (side - 1)) / (n - 1);
+      const double square = add(mul(x, x), mul(y, y)), rho = std::sqrt(square);
+      const double b[kSmooth] = {1.0,
+                                 rho,
+                                 square,
+                                 mul(rho, square),
+                                 x / rho,
+                                 y / rho,
+                                 add(mul(x, x), -mul(y, y)) / square,
+                                 mul(mul(2.0, x), y) / square};
+      for (int64_t k = 0; k < kSmooth; ++k)
+        smooth[(k * side + i) * side + j] = static_cast<float>(b[k]);
+    }
+}
+
+const HybridTables& HybridTables::get(int64_t side) {
+  static const HybridTables t8(8), t16(16), t32(32), t64(64);
+  if (side == 8) return t8;
+  if (side == 16) return t16;
+  if (side == 32) return t32;
+  if (side == 64) return t64;
+  static const HybridTables t128(128), t256(256);
+  return side == 128 ? t128 : t256;
+}
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+
+// Width of a block in whole vectors; its last columns are zero.
+int64_t padded(int64_t side) { return std::max(side, kLanes); }
+
+// Sixteen floats in place: no vector is returned by value, which would need one ABI for all.
+using Unaligned = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+inline const Unaligned& load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+
+}  // namespace
+
+RS_CLONES void hybrid_smooth(const HybridTables& tables, const float* c, float* w, int64_t stride) {
+  const int64_t side = tables.side, plane = side * side;
+  const float* b = tables.smooth.get();
+  for (int64_t i = 0; i < side; ++i)
+    for (int64_t j = 0; j < side; ++j) {
+      const int64_t at = i * side + j;
+      float sum = 0.0f + c[0] * b[at];
+      for (int64_t k = 1; k < kSmooth; ++k) sum += c[k] * b[k * plane + at];
+      w[i * stride + j] = sum;
+    }
+}
+
+// g[side][padded side], zeroed first.
+RS_CLONES void hybrid_spread(const HybridTables& tables, const uint16_t* position,
+                             const float* value, int64_t terms, float* g) {
+  const int64_t side = tables.side, width = padded(side);
+  std::memset(g, 0, static_cast<size_t>(side * width) * sizeof(float));
+  for (int64_t e = 0; e < terms; ++e) {
+    const int64_t at = position[e] & (side * side - 1);
+    const float *wave = tables.cosine.get() + at % side * side, v = value[e];
+    float* row = g + at / side * width;
+    for (int64_t j = 0; j < side; ++j) row[j] += v * wave[j];
+  }
+}
+
+// Adds the transform of g down the columns to w.
+RS_CLONES void hybrid_add_waves(const HybridTables& tables, const float* g, float* w,
+                                int64_t stride) {
+  const int64_t side = tables.side, width = padded(side);
+  const float* cosine = tables.cosine.get();
+  Floats t[256];
+  for (int64_t j = 0; j < side; j += kLanes) {
+    t[0] = cosine[0] * load(g + j);
+    for (int64_t n = 2; n <= side; n *= 2) {
+      const int64_t step = side / n, half = n / 2;
+      int64_t i = 0;
+      for (; i + 8 <= half; i += 8) {
+        Floats odd[8] = {};
+        for (int64_t u = step; u < side; u += 2 * step) {
+          const Floats row = load(g + u * width + j);
+          const float* wave = cosine + u * side + i;
+#pragma GCC unroll 8
+          for (int k = 0; k < 8; ++k) odd[k] += wave[k] * row;
+        }
+        for (int k = 0; k < 8; ++k) {
+          const Floats even = t[i + k];
+          t[i + k] = even + odd[k];
+          t[n - 1 - i - k] = even - odd[k];
+        }
+      }
+      for (; i < half; ++i) {
+        Floats odd = {};
+        for (int64_t u = step; u < side; u += 2 * step)
+          odd += cosine[u * side + i] * load(g + u * width + j);
+        const Floats even = t[i];
+        t[i] = even + odd;
+        t[n - 1 - i] = even - odd;
+      }
+    }
+    const int64_t real = std::min(kLanes, side - j);
+    for (int64_t i = 0; i < side; ++i)
+      for (int64_t k = 0; k < real; ++k) w[i * stride + j + k] += t[i][k];
+  }
+}
+
+namespace {
+
+// half_value of sixteen words.
+RS_CLONES void sixteen_values(const uint8_t* words, float* values) {
+  using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+  using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+  Halves halves;
+  __builtin_memcpy(&halves, words, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits exponent = bits & 0x7C00, size = (bits & 0x7FFF) << 13;
+  const Floats denormal = (Floats)(size + (113u << 23)) - 0x1p-14f;
+  Floats any = (Floats)(size + (112u << 23));
+  any = exponent == 0 ? denormal : any;
+  any = exponent == 0x7C00 ? Floats{} : any;
+  any = (Floats)((Bits)any ^ (bits & 0x8000) << 16) * 0x1p-8f;
+  __builtin_memcpy(values, &any, sizeof any);
+}
+
+// A tile's numbers, unpacked.
+struct Unpacked {
+  int64_t terms;
+  std::vector<uint16_t> position;
+  std::vector<float> coefficient, value;  // in whole vectors
+  explicit Unpacked(int64_t terms)
+      : terms(terms),
+        position(static_cast<size_t>(terms)),
+        coefficient(kLanes),
+        value(static_cast<size_t>(round_up(terms, kLanes))) {}
+
+  void read(const uint8_t* bytes) {
+    uint8_t few[2 * kLanes] = {};
+    std::memcpy(few, bytes, 2 * kSmooth);
+    sixteen_values(few, coefficient.data());
+    bytes += 2 * kSmooth;
+    if (terms) std::memcpy(position.data(), bytes, static_cast<size_t>(2 * terms));
+    bytes += 2 * terms;
+    int64_t e = 0;
+    for (; e + kLanes <= terms; e += kLanes) sixteen_values(bytes + 2 * e, value.data() + e);
+    if (e == terms) return;
+    std::memcpy(few, bytes + 2 * e, static_cast<size_t>(2 * (terms - e)));
+    sixteen_values(few, value.data() + e);
+  }
+};
+
+int64_t terms_of(const Layer& layer) { return (layer.tile.bytes - 2 * kSmooth) / 4; }
+
+void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const int64_t side = layer.tile.rows, terms = terms_of(layer);
+  const HybridTables& tables = HybridTables::get(side);
+  Unpacked tile(terms);
+  std::vector<float> g(static_cast<size_t>(side * padded(side)));
+  for (int64_t tr = row0 / side; tr < row1 / side; ++tr)
+    for (int64_t tc = 0; tc < layer.tile_cols(); ++tc) {
+      tile.read(layer.codes + (tr * layer.tile_cols() + tc) * layer.tile.bytes);
+      float* out = w + (tr * side - row0) * layer.in + tc * side;
+      hybrid_smooth(tables, tile.coefficient.data(), out, layer.in);
+      hybrid_spread(tables, tile.position.data(), tile.value.data(), terms, g.data());
+      hybrid_add_waves(tables, g.data(), out, layer.in);
+    }
+}
+
+// --- linear ---
+
+// Sums here are float64: of a block's terms some rows see little, and cancelled ones would keep
+// the roundings of all. What a block of x looks like to every tile below it:
+// wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j].
+RS_CLONES void see(const HybridTables& tables, const float* x, double* wave, double* smooth) {
+  const int64_t side = tables.side;
+  for (int64_t row = 0; row < side + kSmooth * side; ++row) {
+    const float* a =
+        row < side ? tables.cosine.get() + row * side : tables.smooth.get() + (row - side) * side;
+    double lanes[8] = {};
+    for (int64_t j = 0; j < side; j += 8)
+      for (int64_t lane = 0; lane < 8; ++lane)
+        lanes[lane] += static_cast<double>(a[j + lane]) * x[j + lane];
+    (row < side ? wave[row] : smooth[row - side]) =
+        ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
+        ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+  }
+}
+
+// Adds a tile's smooth part to y and its terms to sums by frequency, of which there are four in
+// turns so that neighbours do not wait for each other.
+RS_CLONES void meet(const Unpacked& tile, int64_t side, int shift, const double* wave,
+                    const double* smooth, double* y, double* sums) {
+  const float* c = tile.coefficient.data();
+  for (int64_t i = 0; i < side; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < kSmooth; ++k) sum += c[k] * smooth[k * side + i];
+    y[i] += sum;
+  }
+  const int64_t terms = tile.terms;
+  const uint16_t* position = tile.position.data();
+  const float* value = tile.value.data();
+  const int64_t low = side - 1;
+  for (int64_t e = 0; e < terms; ++e)
+    sums[(e & 3) * side + ((position[e] >> shift) & low)] += value[e] * wave[position[e] & low];
+}
+
+RS_CLONES void add_transform(const HybridTables& tables, const double* sums, double* y) {
+  const int64_t side = tables.side;
+  for (int64_t u = 0; u < side; ++u) {
+    const double sum = (sums[u] + sums[side + u]) + (sums[2 * side + u] + sums[3 * side + u]);
+    const float* wave = tables.cosine.get() + u * side;
+    for (int64_t i = 0; i < side; ++i) y[i] += sum * wave[i];
+  }
+}
+
+// In the frequency domain: each block of x is transformed once, a tile then costs one multiply-add
+// for each of its terms, and a row of tiles is transformed back once.
+void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  const int64_t side = layer.tile.rows, n = layer.tile_cols(), terms = terms_of(layer);
+  const int64_t own = side + kSmooth * side;  // of a block of x
+  const int shift = std::countr_zero(static_cast<uint64_t>(side));
+  const HybridTables& tables = HybridTables::get(side);
+  std::vector<double> seen(static_cast<size_t>(m * n * own));
+  parallel_for(m * n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      double* to = seen.data() + at * own;
+      see(tables, x + at / n * layer.in + at % n * side, to, to + side);
+    }
+  });
+  parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
+    Unpacked tile(terms);
+    // Of each batch row: the sums by frequency, four times, then y.
+    const int64_t stride = 5 * side;
+    std::vector<double> sums(static_cast<size_t>(m * stride));
+    for (int64_t r = row0; r < row1; r += side) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t tc = 0; tc < n; ++tc) {
+        tile.read(layer.codes + (r / side * n + tc) * layer.tile.bytes);
+        for (int64_t b = 0; b < m; ++b) {
+          const double* from = seen.data() + (b * n + tc) * own;
+          double* to = sums.data() + b * stride;
+          meet(tile, side, shift, from, from + side, to + 4 * side, to);
+        }
+      }
+      for (int64_t b = 0; b < m; ++b) {
+        double* from = sums.data() + b * stride;
+        add_transform(tables, from, from + 4 * side);
+        for (int64_t i = 0; i < side; ++i)
+          y[b * layer.out + r + i] = static_cast<float>(from[4 * side + i]);
+      }
+    }
+  });
+}
+
+void check(const Layer& layer, int64_t t) {
+  const uint8_t* tile = layer.codes + t * layer.tile.bytes;
+  const int64_t terms = terms_of(layer);
+  const auto word = [&](int64_t at) {
+    return static_cast<uint32_t>(tile[2 * at] | tile[2 * at + 1] << 8);
+  };
+  const auto places = static_cast<uint32_t>(layer.tile.rows * layer.tile.cols);
+  const auto finite = [](uint32_t bits) {
+    if ((bits & 0x7C00) == 0x7C00) throw std::invalid_argument("a float16 is not finite");
+  };
+  for (int64_t k = 0; k < kSmooth; ++k) finite(word(k));
+  for (int64_t e = 0; e < terms; ++e) {
+    finite(word(kSmooth + terms + e));
+    const uint32_t position = word(kSmooth + e);
+    if (position >= places || (e && position <= word(kSmooth + e - 1)))
+      throw std::invalid_argument("positions must rise and lie inside the block");
+  }
+}
+
+}  // namespace
+
+std::vector<Term> hybrid_terms(const Spec& spec, Shape shape) {
+  spec.only({"block", "terms"});
+  const double block = spec.number("block", 64), wanted = spec.number("terms", 252);
+  bool known = false;
+  for (int side = 8; side <= 256; side *= 2) known |= block == side;
+  if (!known)
+    throw std::invalid_argument("hybrid: block must be a power of two from 8 to 256, got " +
+                                spec.word("block", ""));
+  if (!(wanted >= 0 && wanted <= block * block && wanted == std::floor(wanted)))
+    throw std::invalid_argument(
+        "hybrid: terms must be a whole number from 0 to the weights of a block, got " +
+        spec.word("terms", "252"));
+  const auto side = static_cast<int64_t>(block), terms = static_cast<int64_t>(wanted);
+  Term term;
+  Row& row = term.row;
+  row.name = "hybrid";
+  row.tile = {side, side, 2 * kSmooth + 4 * terms};
+  row.params = {{"out_scale", Axis::out, {shape.out}}};
+  row.out_scale = 0;
+  row.decode = decode;
+  row.adjoint = [](const Layer&, int64_t, int64_t, const float*, float* const*) {};
+  row.linear = linear;
+  row.linear_max_m = 16;
+  row.encode = hybrid_encode;
+  row.encode_batch = std::max<int64_t>(1, 4096 / (side * side));
+  row.check = check;
+  return {term};
+}
+
+}  // namespace rs
