@@ -17,8 +17,8 @@ from reality_stone.codecs import REGISTRY
 
 NAMES = rs.codecs()
 RATES = (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
-# Group-like sizes: none, odd, vector-sized, larger than one vector.
-WHOLE_NUMBERS = (1, 5, 32, 128)
+# Group-like sizes: zero (a mode of its own to some), one, odd, vector-sized, larger than a vector.
+WHOLE_NUMBERS = (0, 1, 5, 32, 128)
 # Smaller than a tile, one off, exactly one, padded on either side, several Hadamard blocks.
 SHAPES = [(1, 1), (1, 17), (17, 1), (16, 16), (33, 50), (48, 1000), (1000, 48), (128, 256)]
 EMPTY_SHAPES = [(0, 16), (16, 0), (0, 0), (0, 1), (1, 0)]

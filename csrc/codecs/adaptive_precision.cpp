@@ -56,9 +56,10 @@ RS_CLONES void sum_moments(const float* w, const float* h, int64_t n, float scal
     }
 }
 
-// Codes per weight: half the inverse of half a step.
+// Codes per weight: half the inverse of half a step; 0 for a scale that has none.
 float half_inverse_of(float scale, int kind) {
-  return scale != 0 ? 0.5f * static_cast<float>(kAdaptiveTop[kind]) / scale : 0.0f;
+  const float codes = 0.5f * static_cast<float>(kAdaptiveTop[kind]) / scale;
+  return std::isfinite(codes) ? codes : 0.0f;
 }
 
 Moments moments(const std::vector<float>& w, const std::vector<float>& h, float scale, int kind) {
@@ -106,58 +107,94 @@ float fit_scale(const std::vector<float>& w, const std::vector<float>& h, int ki
   return best.second;
 }
 
-void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
-            int64_t tile1, uint8_t* codes, float* const* params, const AdaptiveCounts& counts) {
-  const int64_t window = layer.tile.cols, groups = window / kAdaptiveGroup;
-  std::vector<float> target(static_cast<size_t>(window)), weight(target.size());
-  std::vector<double> energy(static_cast<size_t>(groups));
-  std::vector<int64_t> order(energy.size());
-  std::vector<int> kinds(energy.size());
-  std::vector<float> own, own_weight;
-  for (int64_t t = tile0; t < tile1; ++t) {
-    const int64_t col = t % layer.tile_cols() * window;
-    const float* row = w + t / layer.tile_cols() * layer.in + col;
+// One window: its weights times 2^-exponent (so that squares near the ends of float32 are numbers
+// too) with their importance, and what is chosen for it.
+struct Window {
+  std::vector<float> w, h;
+  int64_t groups, real;  // real: up to the last group that is not zero
+  int exponent = 0;
+
+  explicit Window(int64_t width)
+      : w(static_cast<size_t>(width)), h(w.size()), groups(width / kAdaptiveGroup) {}
+
+  void load(const float* row, const float* importance) {
+    const auto width = static_cast<int64_t>(w.size());
     float peak = 0;
-    for (int64_t i = 0; i < window; ++i) peak = std::max(peak, std::abs(row[i]));
-    // Near the ends of float32, held times 2^-exponent so that squares are numbers too.
-    const int exponent = peak == 0 || (peak > 1e-12f && peak < 1e12f) ? 0 : std::ilogb(peak);
-    std::fill(energy.begin(), energy.end(), 0.0);
-    for (int64_t i = 0; i < window; ++i) {
-      target[i] = exponent ? std::ldexp(row[i], -exponent) : row[i];
-      weight[i] = options.importance ? options.importance[col + i] : 1.0f;
-      energy[i / kAdaptiveGroup] += static_cast<double>(target[i]) * target[i] * weight[i];
+    for (int64_t i = 0; i < width; ++i) peak = std::max(peak, std::abs(row[i]));
+    exponent = peak == 0 || (peak > 1e-12f && peak < 1e12f) ? 0 : std::ilogb(peak);
+    real = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      w[i] = exponent ? std::ldexp(row[i], -exponent) : row[i];
+      h[i] = importance ? importance[i] : 1.0f;
+      if (w[i] != 0) real = i / kAdaptiveGroup + 1;
     }
+  }
+
+  // Class of each group by the sum of w^2, times the importance or not.
+  std::vector<int> rank(const AdaptiveCounts& counts, bool weighted) const {
+    std::vector<double> energy(static_cast<size_t>(groups));
+    for (size_t i = 0; i < w.size(); ++i)
+      energy[i / kAdaptiveGroup] += static_cast<double>(w[i]) * w[i] * (weighted ? h[i] : 1.0f);
+    std::vector<int64_t> order(energy.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t a, int64_t b) { return energy[a] > energy[b]; });
-    for (int64_t rank = 0; rank < groups; ++rank)
-      kinds[order[rank]] = rank < counts.of[2] ? 2 : rank < counts.of[2] + counts.of[1] ? 1 : 0;
+    std::vector<int> kinds(energy.size());
+    for (int64_t place = 0; place < groups; ++place)
+      kinds[order[place]] = place < counts.of[2] ? 2 : place < counts.of[2] + counts.of[1] ? 1 : 0;
+    return kinds;
+  }
 
-    // Zeros at the end are the padding of a row, which must not draw a scale to itself.
-    int64_t real = groups;
-    while (real && energy[real - 1] == 0) --real;
-    float scales[3] = {};
+  // Scales of the classes; returns the weighted error. Zeros at the end are the padding of a row,
+  // which must not draw a scale to itself.
+  double fit(const std::vector<int>& kinds, float* scales) const {
+    double error = 0;
+    std::vector<float> own, weight;
     for (int k = 0; k < 3; ++k) {
-      own.clear(), own_weight.clear();
+      own.clear(), weight.clear();
       for (int64_t g = 0; g < real; ++g) {
         if (kinds[g] != k) continue;
         const int64_t at = g * kAdaptiveGroup;
-        own.insert(own.end(), target.begin() + at, target.begin() + at + kAdaptiveGroup);
-        own_weight.insert(own_weight.end(), weight.begin() + at,
-                          weight.begin() + at + kAdaptiveGroup);
+        own.insert(own.end(), w.begin() + at, w.begin() + at + kAdaptiveGroup);
+        weight.insert(weight.end(), h.begin() + at, h.begin() + at + kAdaptiveGroup);
       }
-      scales[k] = fit_scale(own, own_weight, k);
-      params[0][t * 3 + k] = std::ldexp(scales[k], exponent);
+      scales[k] = fit_scale(own, weight, k);
+      error += moments(own, weight, scales[k], k).error;
     }
+    return error;
+  }
+};
 
-    uint8_t *tile = codes + t * layer.tile.bytes, *out = tile + (groups + 3) / 4;
-    for (int64_t g = 0; g < groups; ++g) {
+void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
+            int64_t tile1, uint8_t* codes, float* const* params, const AdaptiveCounts& counts) {
+  const int64_t width = layer.tile.cols;
+  Window window(width);
+  for (int64_t t = tile0; t < tile1; ++t) {
+    const int64_t col = t % layer.tile_cols() * width;
+    window.load(w + t / layer.tile_cols() * layer.in + col,
+                options.importance ? options.importance + col : nullptr);
+    float scales[3], others[3];
+    std::vector<int> kinds = window.rank(counts, true);
+    const double error = window.fit(kinds, scales);
+    if (options.importance) {
+      // Which groups share a range counts too: the plain ranking may leave less weighted error.
+      const std::vector<int> plain = window.rank(counts, false);
+      if (plain != kinds && window.fit(plain, others) < error) {
+        kinds = plain;
+        std::copy(others, others + 3, scales);
+      }
+    }
+    for (int k = 0; k < 3; ++k) params[0][t * 3 + k] = std::ldexp(scales[k], window.exponent);
+
+    uint8_t *tile = codes + t * layer.tile.bytes, *out = tile + (window.groups + 3) / 4;
+    for (int64_t g = 0; g < window.groups; ++g) {
       const int k = kinds[g], bits = kAdaptiveBits[k];
       const auto top = static_cast<float>(kAdaptiveTop[k]);
+      const float half_inverse = half_inverse_of(scales[k], k);
       tile[g / 4] = static_cast<uint8_t>(tile[g / 4] | k << (2 * (g % 4)));
       for (int j = 0; j < kAdaptiveGroup; ++j) {
-        const auto code = static_cast<uint32_t>(nearest_code(
-            target[g * kAdaptiveGroup + j], half_inverse_of(scales[k], k), 0.5f * top, top));
+        const auto code = static_cast<uint32_t>(
+            nearest_code(window.w[g * kAdaptiveGroup + j], half_inverse, 0.5f * top, top));
         const int shift = bits * j % 8;
         uint8_t* byte = out + bits * j / 8;
         byte[0] = static_cast<uint8_t>(byte[0] | code << shift);

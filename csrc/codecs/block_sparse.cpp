@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../cpu/clones.h"
 #include "../cpu/block_sparse_fast.h"
+#include "../cpu/clones.h"
 #include "../cpu/loops.h"
 
 namespace rs {
@@ -35,8 +35,8 @@ struct Energies {
 RS_CLONES void best_masks(const Energies& energy, const uint8_t (*at)[4], Ints* index) {
   Floats best = energy.of[16] - 1;
   for (int32_t m = 0; m < 256; ++m) {
-    const Floats kept = (energy.of[at[m][0]] + energy.of[at[m][1]]) +
-                        (energy.of[at[m][2]] + energy.of[at[m][3]]);
+    const Floats kept =
+        (energy.of[at[m][0]] + energy.of[at[m][1]]) + (energy.of[at[m][2]] + energy.of[at[m][3]]);
     const Ints better = kept > best;
     *index = better ? m + Ints{} : *index;
     best = better ? kept : best;
@@ -106,8 +106,9 @@ void encode_square(const Layer& layer, const float* w, const EncodeOptions& opti
 }
 
 void check_patterns(const Layer& layer, int64_t tile) {
-  const uint8_t* mask = reinterpret_cast<const uint8_t*>(layer.params[SquareSparse<false>::kMasks]) +
-                        2 * layer.codes[tile * SquareSparse<false>::kBytes];
+  const uint8_t* mask =
+      reinterpret_cast<const uint8_t*>(layer.params[SquareSparse<false>::kMasks]) +
+      2 * layer.codes[tile * SquareSparse<false>::kBytes];
   if (std::popcount(static_cast<uint32_t>(mask[0] | mask[1] << 8)) != 4)
     throw std::invalid_argument("its pattern's mask must have four ones");
 }

@@ -96,7 +96,8 @@ struct RowSparse {
     Cosines() {
       for (int phase = 0; phase < 256; ++phase)
         for (int j = 0; j < 8; ++j)
-          at[phase][j] = static_cast<float>(turn_cosine(static_cast<uint64_t>(phase + 32 * j), 256));
+          at[phase][j] =
+              static_cast<float>(turn_cosine(static_cast<uint64_t>(phase + 32 * j), 256));
     }
     static const Cosines& get() {
       static const Cosines table;
@@ -114,8 +115,7 @@ struct RowSparse {
   }
   RS_HD static void decode(const uint8_t* tile, int64_t, int64_t, int, const Tables& t, float* w) {
     const float size = mul(base(tile), t.scale);
-    for (int j = 0; j < 8; ++j)
-      w[j] = tile[0] >> j & 1 ? mul(size, t.cosine.at[tile[2]][j]) : 0.0f;
+    for (int j = 0; j < 8; ++j) w[j] = tile[0] >> j & 1 ? mul(size, t.cosine.at[tile[2]][j]) : 0.0f;
   }
   static void adjoint(const uint8_t* tile, int64_t, int64_t, int, const Tables& t, const float* dw,
                       Grad& grad, float* const*) {

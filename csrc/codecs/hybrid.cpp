@@ -18,9 +18,9 @@ HybridTables::HybridTables(int64_t side)
   const auto n = static_cast<double>(side);
   for (int64_t u = 0; u < side; ++u)
     for (int64_t i = 0; i < side; ++i)
-      cosine[u * side + i] = static_cast<float>(
-          mul(std::sqrt((u ? 2.0 : 1.0) / n), turn_cosine(static_cast<uint64_t>((2 * i + 1) * u),
-                                                          static_cast<uint64_t>(4 * side))));
+      cosine[u * side + i] = static_cast<float>(mul(
+          std::sqrt((u ? 2.0 : 1.0) / n),
+          turn_cosine(static_cast<uint64_t>((2 * i + 1) * u), static_cast<uint64_t>(4 * side))));
   for (int64_t i = 0; i < side; ++i)
     for (int64_t j = 0; j < side; ++j) {
       // The side is even, so no weight sits at rho = 0.
@@ -64,8 +64,7 @@ inline const Unaligned& load(const float* p) { return *reinterpret_cast<const Un
 
 }  // namespace
 
-RS_CLONES void hybrid_smooth(const HybridTables& tables, const float* c, float* w,
-                             int64_t stride) {
+RS_CLONES void hybrid_smooth(const HybridTables& tables, const float* c, float* w, int64_t stride) {
   const int64_t side = tables.side, plane = side * side;
   const float* b = tables.smooth.get();
   for (int64_t i = 0; i < side; ++i)
@@ -132,27 +131,47 @@ RS_CLONES void hybrid_add_waves(const HybridTables& tables, const float* g, floa
 
 namespace {
 
+// half_value of sixteen words.
+RS_CLONES void sixteen_values(const uint8_t* words, float* values) {
+  using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+  using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+  Halves halves;
+  __builtin_memcpy(&halves, words, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits exponent = bits & 0x7C00, size = (bits & 0x7FFF) << 13;
+  const Floats denormal = (Floats)(size + (113u << 23)) - 0x1p-14f;
+  Floats any = (Floats)(size + (112u << 23));
+  any = exponent == 0 ? denormal : any;
+  any = exponent == 0x7C00 ? Floats{} : any;
+  any = (Floats)((Bits)any ^ (bits & 0x8000) << 16) * 0x1p-8f;
+  __builtin_memcpy(values, &any, sizeof any);
+}
+
 // A tile's numbers, unpacked.
 struct Unpacked {
-  float coefficient[kSmooth];
+  int64_t terms;
   std::vector<uint16_t> position;
-  std::vector<float> value;
+  std::vector<float> coefficient, value;  // in whole vectors
   explicit Unpacked(int64_t terms)
-      : position(static_cast<size_t>(terms)), value(static_cast<size_t>(terms)) {}
-};
+      : terms(terms),
+        position(static_cast<size_t>(terms)),
+        coefficient(kLanes),
+        value(static_cast<size_t>(round_up(terms, kLanes))) {}
 
-RS_CLONES void unpack(const uint8_t* bytes, int64_t terms, float* c, uint16_t* position,
-                      float* value) {
-  const HybridTile tile{bytes, terms};
-  for (int64_t k = 0; k < kSmooth; ++k) c[k] = tile.coefficient(k);
-  std::memcpy(position, bytes + 2 * kSmooth, static_cast<size_t>(2 * terms));
-  const uint8_t* from = bytes + 2 * (kSmooth + terms);
-  for (int64_t e = 0; e < terms; ++e) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, from + 2 * e, 2);
-    value[e] = half_value(bits);
+  void read(const uint8_t* bytes) {
+    uint8_t few[2 * kLanes] = {};
+    std::memcpy(few, bytes, 2 * kSmooth);
+    sixteen_values(few, coefficient.data());
+    bytes += 2 * kSmooth;
+    if (terms) std::memcpy(position.data(), bytes, static_cast<size_t>(2 * terms));
+    bytes += 2 * terms;
+    int64_t e = 0;
+    for (; e + kLanes <= terms; e += kLanes) sixteen_values(bytes + 2 * e, value.data() + e);
+    if (e == terms) return;
+    std::memcpy(few, bytes + 2 * e, static_cast<size_t>(2 * (terms - e)));
+    sixteen_values(few, value.data() + e);
   }
-}
+};
 
 int64_t terms_of(const Layer& layer) { return (layer.tile.bytes - 2 * kSmooth) / 4; }
 
@@ -163,10 +182,9 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   std::vector<float> g(static_cast<size_t>(side * padded(side)));
   for (int64_t tr = row0 / side; tr < row1 / side; ++tr)
     for (int64_t tc = 0; tc < layer.tile_cols(); ++tc) {
-      unpack(layer.codes + (tr * layer.tile_cols() + tc) * layer.tile.bytes, terms,
-             tile.coefficient, tile.position.data(), tile.value.data());
+      tile.read(layer.codes + (tr * layer.tile_cols() + tc) * layer.tile.bytes);
       float* out = w + (tr * side - row0) * layer.in + tc * side;
-      hybrid_smooth(tables, tile.coefficient, out, layer.in);
+      hybrid_smooth(tables, tile.coefficient.data(), out, layer.in);
       hybrid_spread(tables, tile.position.data(), tile.value.data(), terms, g.data());
       hybrid_add_waves(tables, g.data(), out, layer.in);
     }
@@ -174,32 +192,35 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
 
 // --- linear ---
 
-// What a block of x looks like to every tile below it: wave[v] = sum_j D[v][j] x[j] and
-// smooth[k][i] = sum_j b[k](i,j) x[j].
-RS_CLONES void see(const HybridTables& tables, const float* x, float* wave, float* smooth) {
+// Sums here are float64: of a block's terms some rows see little, and cancelled ones would keep
+// the roundings of all. What a block of x looks like to every tile below it:
+// wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j].
+RS_CLONES void see(const HybridTables& tables, const float* x, double* wave, double* smooth) {
   const int64_t side = tables.side;
   for (int64_t row = 0; row < side + kSmooth * side; ++row) {
-    const float* a = row < side ? tables.cosine.get() + row * side
-                                : tables.smooth.get() + (row - side) * side;
-    float lanes[8] = {};
+    const float* a =
+        row < side ? tables.cosine.get() + row * side : tables.smooth.get() + (row - side) * side;
+    double lanes[8] = {};
     for (int64_t j = 0; j < side; j += 8)
-      for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += a[j + lane] * x[j + lane];
+      for (int64_t lane = 0; lane < 8; ++lane)
+        lanes[lane] += static_cast<double>(a[j + lane]) * x[j + lane];
     (row < side ? wave[row] : smooth[row - side]) =
         ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
   }
 }
 
-// Adds a tile to y (in weights' places) and to the sums of its terms by frequency, of which there
-// are four in turns so that neighbours do not wait for each other.
-RS_CLONES void meet(const Unpacked& tile, int64_t side, int shift, const float* wave,
-                    const float* smooth, float* y, float* sums) {
+// Adds a tile's smooth part to y and its terms to sums by frequency, of which there are four in
+// turns so that neighbours do not wait for each other.
+RS_CLONES void meet(const Unpacked& tile, int64_t side, int shift, const double* wave,
+                    const double* smooth, double* y, double* sums) {
+  const float* c = tile.coefficient.data();
   for (int64_t i = 0; i < side; ++i) {
-    float sum = 0;
-    for (int64_t k = 0; k < kSmooth; ++k) sum += tile.coefficient[k] * smooth[k * side + i];
+    double sum = 0;
+    for (int64_t k = 0; k < kSmooth; ++k) sum += c[k] * smooth[k * side + i];
     y[i] += sum;
   }
-  const auto terms = static_cast<int64_t>(tile.value.size());
+  const int64_t terms = tile.terms;
   const uint16_t* position = tile.position.data();
   const float* value = tile.value.data();
   const int64_t low = side - 1;
@@ -207,10 +228,10 @@ RS_CLONES void meet(const Unpacked& tile, int64_t side, int shift, const float* 
     sums[(e & 3) * side + ((position[e] >> shift) & low)] += value[e] * wave[position[e] & low];
 }
 
-RS_CLONES void add_transform(const HybridTables& tables, const float* sums, float* y) {
+RS_CLONES void add_transform(const HybridTables& tables, const double* sums, double* y) {
   const int64_t side = tables.side;
   for (int64_t u = 0; u < side; ++u) {
-    const float sum = (sums[u] + sums[side + u]) + (sums[2 * side + u] + sums[3 * side + u]);
+    const double sum = (sums[u] + sums[side + u]) + (sums[2 * side + u] + sums[3 * side + u]);
     const float* wave = tables.cosine.get() + u * side;
     for (int64_t i = 0; i < side; ++i) y[i] += sum * wave[i];
   }
@@ -223,45 +244,53 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t own = side + kSmooth * side;  // of a block of x
   const int shift = std::countr_zero(static_cast<uint64_t>(side));
   const HybridTables& tables = HybridTables::get(side);
-  std::vector<float> seen(static_cast<size_t>(m * n * own));
+  std::vector<double> seen(static_cast<size_t>(m * n * own));
   parallel_for(m * n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      float* to = seen.data() + at * own;
+      double* to = seen.data() + at * own;
       see(tables, x + at / n * layer.in + at % n * side, to, to + side);
     }
   });
   parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
     Unpacked tile(terms);
-    std::vector<float> sums(static_cast<size_t>(m * 4 * side));
+    // Of each batch row: the sums by frequency, four times, then y.
+    const int64_t stride = 5 * side;
+    std::vector<double> sums(static_cast<size_t>(m * stride));
     for (int64_t r = row0; r < row1; r += side) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t b = 0; b < m; ++b)
-        std::fill(y + b * layer.out + r, y + b * layer.out + r + side, 0.0f);
+      std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t tc = 0; tc < n; ++tc) {
-        unpack(layer.codes + (r / side * n + tc) * layer.tile.bytes, terms, tile.coefficient,
-               tile.position.data(), tile.value.data());
+        tile.read(layer.codes + (r / side * n + tc) * layer.tile.bytes);
         for (int64_t b = 0; b < m; ++b) {
-          const float* from = seen.data() + (b * n + tc) * own;
-          meet(tile, side, shift, from, from + side, y + b * layer.out + r,
-               sums.data() + b * 4 * side);
+          const double* from = seen.data() + (b * n + tc) * own;
+          double* to = sums.data() + b * stride;
+          meet(tile, side, shift, from, from + side, to + 4 * side, to);
         }
       }
-      for (int64_t b = 0; b < m; ++b)
-        add_transform(tables, sums.data() + b * 4 * side, y + b * layer.out + r);
+      for (int64_t b = 0; b < m; ++b) {
+        double* from = sums.data() + b * stride;
+        add_transform(tables, from, from + 4 * side);
+        for (int64_t i = 0; i < side; ++i)
+          y[b * layer.out + r + i] = static_cast<float>(from[4 * side + i]);
+      }
     }
   });
 }
 
 void check(const Layer& layer, int64_t t) {
-  const HybridTile tile{layer.codes + t * layer.tile.bytes, terms_of(layer)};
+  const uint8_t* tile = layer.codes + t * layer.tile.bytes;
+  const int64_t terms = terms_of(layer);
+  const auto word = [&](int64_t at) {
+    return static_cast<uint32_t>(tile[2 * at] | tile[2 * at + 1] << 8);
+  };
   const auto places = static_cast<uint32_t>(layer.tile.rows * layer.tile.cols);
   const auto finite = [](uint32_t bits) {
     if ((bits & 0x7C00) == 0x7C00) throw std::invalid_argument("a float16 is not finite");
   };
-  for (int64_t k = 0; k < kSmooth; ++k) finite(tile.word(k));
-  for (int64_t e = 0; e < tile.terms; ++e) {
-    finite(tile.word(kSmooth + tile.terms + e));
-    if (tile.position(e) >= places || (e && tile.position(e) <= tile.position(e - 1)))
+  for (int64_t k = 0; k < kSmooth; ++k) finite(word(k));
+  for (int64_t e = 0; e < terms; ++e) {
+    finite(word(kSmooth + terms + e));
+    const uint32_t position = word(kSmooth + e);
+    if (position >= places || (e && position <= word(kSmooth + e - 1)))
       throw std::invalid_argument("positions must rise and lie inside the block");
   }
 }

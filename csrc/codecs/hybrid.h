@@ -3,6 +3,7 @@
 //   tile      B x B (B a power of two, 8 to 256), K = terms; all little-endian
 //   byte      0         16               16+2K
 //           | c[0..7] | position[0..K) | value[0..K) |       float16, uint16, float16
+//   c and value in units of 1/256: rows of unit mean square need no more than 256.
 //   position u*B + v: frequency u down the rows, v across; rising. (Of other bytes the low bits
 //   count, and a value repeated at a position adds up.) Float16 infinities and NaNs read as zero.
 //
@@ -40,34 +41,23 @@ struct HybridTables {
   static const HybridTables& get(int64_t side);
 };
 
-// Float16 bits as float; infinities and NaNs as zero.
+// Float16 bits in units of 1/256 as float; infinities and NaNs as zero.
 RS_HD float half_value(uint32_t bits) {
-  // The exponents' offset as a product, exact for denormals too.
-  const float size = mul(std::bit_cast<float>((bits & 0x7FFF) << 13), 0x1p112f);
-  const float finite = (bits & 0x7C00) == 0x7C00 ? 0.0f : size;
-  return bits & 0x8000 ? -finite : finite;
+  const uint32_t exponent = bits & 0x7C00, size = (bits & 0x7FFF) << 13;
+  // Float16's denormals as a difference of normal numbers: float32's own would be slow.
+  const float denormal = add(std::bit_cast<float>(size + (113u << 23)), -0x1p-14f);
+  const float normal = std::bit_cast<float>(size + (112u << 23));
+  const float any = exponent == 0 ? denormal : exponent == 0x7C00 ? 0.0f : normal;
+  return mul(bits & 0x8000 ? -any : any, 0x1p-8f);
 }
 // Nearest float16 bits, the largest finite ones beyond their range.
 inline uint16_t half_bits(float x) {
-  uint32_t bits = std::bit_cast<uint32_t>((x < 0 ? -x : x) * 0x1p-112f);
+  uint32_t bits = std::bit_cast<uint32_t>((x < 0 ? -x : x) * 0x1p-104f);
   bits = (bits + 0x0FFFu + ((bits >> 13) & 1)) >> 13;
   return static_cast<uint16_t>((bits < 0x7BFF ? bits : 0x7BFF) | (x < 0 ? 0x8000 : 0));
 }
 
-// One tile's bytes.
-struct HybridTile {
-  const uint8_t* bytes;
-  int64_t terms;
-  uint32_t word(int64_t at) const {
-    return static_cast<uint32_t>(bytes[2 * at] | bytes[2 * at + 1] << 8);
-  }
-  float coefficient(int64_t k) const { return half_value(word(k)); }
-  uint32_t position(int64_t e) const { return word(kSmooth + e); }
-  float value(int64_t e) const { return half_value(word(kSmooth + terms + e)); }
-};
-
-// w[side][side] (rows `stride` apart) of the smooth part plus the terms, or of the terms alone.
-// `scratch` holds side * max(side, 16) floats.
+// The three steps of decode. w has rows `stride` apart; g is side * max(side, 16) floats.
 void hybrid_smooth(const HybridTables& tables, const float* coefficients, float* w, int64_t stride);
 void hybrid_spread(const HybridTables& tables, const uint16_t* position, const float* value,
                    int64_t terms, float* g);

@@ -176,7 +176,8 @@ class Encoder {
       const float x = std::abs(spectrum_[a]), y = std::abs(spectrum_[b]);
       return x != y ? x > y : a < b;
     };
-    if (terms_ < count_) std::nth_element(order_.begin(), order_.begin() + terms_, order_.end(), larger);
+    if (terms_ < count_)
+      std::nth_element(order_.begin(), order_.begin() + terms_, order_.end(), larger);
     std::sort(order_.begin(), order_.begin() + terms_);
     for (int64_t e = 0; e < terms_; ++e) {
       position_[e] = static_cast<uint16_t>(order_[e]);

@@ -38,48 +38,32 @@ RS_HD uint64_t seed_word(const uint8_t* bytes) {
   return word;
 }
 
-// turn_sine(low, 2^32) by the same operations without its branches, so that loops of it become
-// vectors.
-RS_HD double seed_sine(uint32_t low) {
-  constexpr uint32_t kQuarter = 1u << 30;
-  constexpr double kUnit = 6.283185307179586 / 4294967296.0;
-  uint32_t k = low - kQuarter;
-  k = k > 2 * kQuarter ? 0u - k : k;
-  const bool negative = k > kQuarter;
-  k = negative ? 2 * kQuarter - k : k;
-  const bool steep = k > kQuarter / 2;  // nearer to the zero: the series of the sine
-  const double x = mul(static_cast<double>(static_cast<int32_t>(steep ? kQuarter - k : k)), kUnit);
-  const double y = mul(x, x);
-  constexpr double c[9] = {1.0,
-                           -1.0 / 2,
-                           1.0 / 24,
-                           -1.0 / 720,
-                           1.0 / 40320,
-                           -1.0 / 3628800,
-                           1.0 / 479001600,
-                           -1.0 / 87178291200.0,
-                           1.0 / 20922789888000.0};
-  constexpr double s[9] = {1.0,
-                           -1.0 / 6,
-                           1.0 / 120,
-                           -1.0 / 5040,
-                           1.0 / 362880,
-                           -1.0 / 39916800,
-                           1.0 / 6227020800.0,
-                           -1.0 / 1307674368000.0,
-                           1.0 / 355687428096000.0};
-  double sum = steep ? s[8] : c[8];
-  for (int n = 7; n >= 0; --n) sum = add(mul(sum, y), steep ? s[n] : c[n]);
-  sum = mul(sum, steep ? x : 1.0);
-  return negative ? -sum : sum;
-}
+// The series of trig.h, in powers of the square.
+constexpr double kCosineSeries[9] = {1.0,
+                                     -1.0 / 2,
+                                     1.0 / 24,
+                                     -1.0 / 720,
+                                     1.0 / 40320,
+                                     -1.0 / 3628800,
+                                     1.0 / 479001600,
+                                     -1.0 / 87178291200.0,
+                                     1.0 / 20922789888000.0};
+constexpr double kSineSeries[9] = {1.0,
+                                   -1.0 / 6,
+                                   1.0 / 120,
+                                   -1.0 / 5040,
+                                   1.0 / 362880,
+                                   -1.0 / 39916800,
+                                   1.0 / 6227020800.0,
+                                   -1.0 / 1307674368000.0,
+                                   1.0 / 355687428096000.0};
 
 // g(r) sin(theta) of a word, before rounding.
 RS_HD double seed_value(uint32_t high, uint32_t low) {
   double r = mul(static_cast<double>(high), 1.0 / 4294967296.0);
   r = r < kLeastSeed ? kLeastSeed : r;
   r = r > kLargestSeed ? kLargestSeed : r;
-  return mul(mul(2.0, r) / add(1.0, mul(r, r)), seed_sine(low));
+  return mul(mul(2.0, r) / add(1.0, mul(r, r)), turn_sine(low, uint64_t{1} << 32));
 }
 
 // The pattern m: entry `start` of it and what follows, in steps of 17.

@@ -41,11 +41,10 @@ struct Target {
     const SeedPattern& pattern = SeedPattern::get();
     double sums[4][kLanes] = {};
     for (int64_t i = 0; i < size; ++i)
-      add_row(w + (row + i) * stride + col, importance ? importance + col : nullptr,
-              pattern.row(i), unit, size, sums);
+      add_row(w + (row + i) * stride + col, importance ? importance + col : nullptr, pattern.row(i),
+              unit, size, sums);
     double total[4];
-    for (int s = 0; s < 4; ++s)
-      total[s] = (sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]);
+    for (int s = 0; s < 4; ++s) total[s] = (sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]);
     return {total[0], total[1], total[2], total[3]};
   }
 };
@@ -64,7 +63,7 @@ uint64_t closed_form(double p) {
   const double size = std::min(std::abs(p), 1.0);
   if (size == 0) return 0;
   const uint32_t turn = q32(std::asin(std::sqrt(size)) / 6.283185307179586);
-  const double sine = seed_sine(turn);
+  const double sine = turn_sine(turn, uint64_t{1} << 32);
   const double g = sine > 0 ? std::min(size / sine, 1.0) : 0;
   const double r = g / (1 + std::sqrt(std::max(0.0, 1 - g * g)));
   return static_cast<uint64_t>(q32(r)) << 32 | (p < 0 ? 0u - turn : turn);

@@ -38,13 +38,11 @@ void decode_tile(const uint8_t* tile, int64_t groups, int64_t bytes, const float
       const __m256i pair = _mm256_shuffle_epi8(
           stored, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.bytes)));
       const __m256i code = _mm256_and_si256(
-          _mm256_srlv_epi32(pair,
-                            _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.shift))),
+          _mm256_srlv_epi32(pair, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.shift))),
           top);
       const __m256i level = _mm256_sub_epi32(_mm256_add_epi32(code, code), top);
       const __m256 share = _mm256_mul_ps(_mm256_cvtepi32_ps(level), _mm256_set1_ps(kind.unit));
-      _mm256_storeu_ps(w + 8 * half,
-                       _mm256_and_ps(kept, _mm256_mul_ps(share, scale)));
+      _mm256_storeu_ps(w + 8 * half, _mm256_and_ps(kept, _mm256_mul_ps(share, scale)));
     }
     at += kind.size;
   }

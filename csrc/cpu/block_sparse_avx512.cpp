@@ -67,8 +67,8 @@ void row_tiles(const uint8_t* tile, int64_t tiles, float scale, const float (*co
                float* w) {
   for (; tiles > 0; --tiles, tile += 3, w += 8) {
     const float size = static_cast<float>(static_cast<int8_t>(tile[1])) * scale;
-    _mm256_storeu_ps(w, _mm256_maskz_mul_ps(tile[0], _mm256_set1_ps(size),
-                                            _mm256_loadu_ps(cosines[tile[2]])));
+    _mm256_storeu_ps(
+        w, _mm256_maskz_mul_ps(tile[0], _mm256_set1_ps(size), _mm256_loadu_ps(cosines[tile[2]])));
   }
 }
 

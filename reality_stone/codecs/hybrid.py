@@ -5,17 +5,20 @@ rest. Layout and order of operations in csrc/codecs/hybrid.h.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Codec, Param, Tile, row_scale, whole_number
+from ..feedback import Hessian, refit_scales
+from .base import Codec, Param, Tile, check_weight, row_scale, whole_number
 from .trig import turn_cosine
 
 SMOOTH = 8
 WEIGHTED_ROUNDS = 12
+UNIT = 2.0**-8  # of stored float16 values
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,32 @@ class Hybrid(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"out_scale": row_scale(weight)}
 
+    def encode(self, weight, hessian=None, *, seed=0, label=""):
+        weight = check_weight(weight, self.name)
+        prepared = Hessian.prepare(hessian, weight.shape[1], label)
+        plain = super().encode(weight, seed=seed, label=label)
+        if prepared is None or not weight.numel():
+            return plain
+        scaled = replace(plain, params=plain.params | refit_scales(plain, weight, prepared))
+        fed = super().encode(weight, prepared, seed=seed, label=label)
+        h, power = prepared.damped(), weight.double().pow(2).sum().item()
+
+        def loss(packed):
+            miss = weight - packed.decode()
+            # A block keeps so little that errors fed back may pile up instead of cancelling: not
+            # beyond what leaving the weight out would lose.
+            if packed is not plain and miss.double().pow(2).sum().item() > power:
+                return math.inf
+            return ((miss @ h) * miss).sum(dtype=torch.float64).item()
+
+        return min(plain, scaled, fed, key=loss)
+
     def decode_tiles(self, codes, params, shape):
         dtype, side = params["out_scale"].dtype, self.block
         tiles = codes.flatten(0, 1)
         words = tiles[:, : 2 * (SMOOTH + self.terms)].contiguous()
         coefficient = _halves(words[:, : 2 * SMOOTH]).to(dtype)
-        position = words[:, 2 * SMOOTH :].view(-1, self.terms, 2).long()
+        position = words[:, 2 * SMOOTH :].reshape(len(words), self.terms, 2).long()
         position = (position[..., 0] | position[..., 1] << 8) & (side * side - 1)
         value = _halves(tiles[:, 2 * (SMOOTH + self.terms) :]).to(dtype)
         cosine, smooth = (t.to(codes.device, dtype) for t in tables(side))
@@ -86,11 +109,11 @@ class Hybrid(Codec):
         kept = torch.zeros_like(w)
         for _ in range(1 if importance is None else WEIGHTED_ROUNDS):
             goal = (root * (w - kept).flatten(1))[..., None]
-            coefficient = torch.linalg.lstsq(design, goal).solution[..., 0].half().double()
+            coefficient = _rounded(torch.linalg.lstsq(design, goal).solution[..., 0])
             rest = w - torch.einsum("nk,kij->nij", coefficient, smooth)
             spectrum = cosine @ (h * (rest - kept) + kept) @ cosine.t()
             position = spectrum.flatten(1).abs().topk(self.terms, dim=1).indices.sort(1).values
-            value = spectrum.flatten(1).gather(1, position).half().double()
+            value = _rounded(spectrum.flatten(1).gather(1, position))
             chosen = torch.zeros_like(spectrum).flatten(1).scatter(1, position, value)
             kept = cosine.t() @ chosen.view_as(w) @ cosine
         places = torch.stack((position & 255, position >> 8), -1).to(torch.uint8).flatten(1)
@@ -140,14 +163,20 @@ def _columns(g: Tensor, cosine: Tensor) -> Tensor:
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """Little-endian float16 in uint8 (..., 2n) as float32 (..., n), those not finite as zero."""
-    word = codes.unflatten(-1, (-1, 2)).int()
+    """Little-endian float16 in units of 1/256, uint8 (..., 2n), as float32 (..., n); those not
+    finite as zero."""
+    word = codes.unflatten(-1, (codes.shape[-1] // 2, 2)).int()
     bits = word[..., 0] | word[..., 1] << 8
     value = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16)
     sign = torch.where(bits > 32767, -0.0, 0.0)
-    return torch.where(value.isfinite(), value.float(), sign)
+    return torch.where(value.isfinite(), value.float() * UNIT, sign)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Float64 values a tile can hold."""
+    return (values / UNIT).clamp(-65504, 65504).half().double() * UNIT
 
 
 def _half_bytes(values: Tensor) -> Tensor:
-    bits = values.half().view(torch.int16).int() & 0xFFFF
+    bits = (values / UNIT).half().view(torch.int16).int() & 0xFFFF
     return torch.stack((bits & 255, bits >> 8), -1).to(torch.uint8).flatten(-2)

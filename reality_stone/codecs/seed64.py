@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..feedback import Hessian
+from ..metrics import squared_error
 from ..packed import round_to_half
-from .base import Codec, Param, Tile, check_words, one_of, whole_number
+from .base import Codec, Param, Tile, check_weight, check_words, one_of, whole_number
 from .trig import turn_sine
 
 SIDE = 256  # of a quadtree
@@ -67,12 +69,65 @@ class Seed64(Codec):
         return (Param("scale", (1,), "shared"),)
 
     def initial_params(self, weight, seed, feedback=False, importance=None):
-        # A product is at most one: beyond the largest weight, and what fed-back errors add to it.
+        # A product is at most one, and a least-squares p at most peak / 0.9.
         peak = (
             weight.abs().max().double() if weight.numel() else torch.zeros((), dtype=torch.double)
         )
-        scale = (peak * (16 if feedback else 1.25)).clamp_max(3e38).float().view(1)
+        scale = (peak * 1.25).clamp_max(3e38).float().view(1)
         return {"scale": round_to_half(scale) if peak else torch.ones(1)}
+
+    def encode(self, weight, hessian=None, *, seed=0, label=""):
+        weight = check_weight(weight, self.name)
+        prepared = Hessian.prepare(hessian, weight.shape[1], label)
+        if not self.block or not weight.numel() or not weight.isfinite().all():
+            return super().encode(weight, seed=seed, label=label)
+        if prepared is None:
+            return super().encode(self._for_padding(weight), seed=seed, label=label)
+        # Least squares in the metric of the input has a closed form. Damped until it loses no more
+        # of the weight than leaving it out would: what the samples do not show may matter later.
+        h, power = prepared.damped(), weight.double().pow(2).sum().item()
+        mean = h.diagonal().mean()
+        for more in (0.0, 0.1, 1.0, 10.0):
+            h.diagonal().add_(more * mean)
+            target = self._in_metric(weight, h)
+            if squared_error(target, weight) <= power:
+                break
+        return super().encode(self._for_padding(target), seed=seed, label=label)
+
+    def _for_padding(self, weight: Tensor) -> Tensor:
+        """Blocks at the edges scaled so that least squares over them padded with zeros is that over
+        their real weights."""
+        b, (out, n) = self.block, weight.shape
+        if out % b == 0 and n % b == 0:
+            return weight
+        square, scaled = pattern(b).double() ** 2, weight.clone()
+        for rows in {b, out % b or b}:
+            for cols in {b, n % b or b}:
+                r = slice(0, out // b * b) if rows == b else slice(out - rows, out)
+                c = slice(0, n // b * b) if cols == b else slice(n - cols, n)
+                scaled[r, c] *= (square.sum() / square[:rows, :cols].sum()).item()
+        return scaled
+
+    def _in_metric(self, weight: Tensor, h: Tensor) -> Tensor:
+        """The matrix of blocks p m (padding cut off) that is nearest to the weight in the metric of
+        h: the p of a row of blocks are the solution of one linear system."""
+        b, (out, n) = self.block, weight.shape
+        m, across = pattern(b), -(-n // b)
+        pad = across * b - n
+        weights = torch.nn.functional.pad(h, (0, pad, 0, pad)).view(across, b, across, b)
+        pull = torch.nn.functional.pad(weight @ h, (0, pad)).view(out, across, b)
+        fitted = torch.empty(out, across, b)
+        for rows in {b, out % b or b}:  # blocks of whole height, and those at the lower edge
+            first, last = (0, out // b * b) if rows == b else (out - rows, out)
+            if first == last:
+                continue
+            alike = m[:rows].t() @ m[:rows]
+            system = torch.einsum("tjsk,jk->ts", weights, alike)
+            goal = torch.einsum("rijt,ij->rt", _rows(pull[first:last], rows), m[:rows])
+            p = torch.linalg.solve(system.double(), goal.double().t()).t().float()
+            blocks = p[:, None, :, None] * m[:rows, None]
+            fitted[first:last] = blocks.flatten(0, 1)
+        return fitted.flatten(1)[:, :n].contiguous()
 
     def decode_tiles(self, codes, params, shape):
         scale = params["scale"]
@@ -102,7 +157,7 @@ class Seed64(Codec):
         h = torch.ones(target.shape[1]) if importance is None else importance
         w, h = target.double() / scale, h.double().expand_as(target)
         if self.block:
-            ww, wm, mm, _ = _moments(w, h, self.block)
+            _, wm, mm, _ = _moments(w, h, self.block)
             return seed_bytes((wm / mm).nan_to_num(0, 0, 0)), dict(params)
         rows, cols = target.shape[0] // SIDE, target.shape[1] // SIDE
         codes = torch.zeros(rows, cols, TREE_BYTES + 8 * self.seeds, dtype=torch.uint8)
@@ -141,6 +196,11 @@ class Seed64(Codec):
             p.append(wm[y // size, x // size] / mm[y // size, x // size])
         tile[:TREE_BYTES] = torch.tensor(tree, dtype=torch.uint8)
         tile[TREE_BYTES : TREE_BYTES + 8 * len(p)] = seed_bytes(torch.stack(p)).flatten()
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """(out, blocks, columns) -> (out / rows, row in the block, column in the block, blocks)."""
+    return x.unflatten(0, (-1, rows)).transpose(2, 3)
 
 
 def pattern(size: int, device: torch.device | str = "cpu") -> Tensor:
