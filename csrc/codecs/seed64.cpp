@@ -36,8 +36,8 @@ RS_CLONES void eight_factors(const uint8_t* bytes, float scale, float* p) {
   __builtin_memcpy(&words, bytes, sizeof words);
 
   Doubles r = ((Doubles)((words >> 32) | kBits52) - 0x1p52) * 0x1p-32;
-  r = r < kLeastRadius ? kLeastRadius + Doubles{} : r;
-  r = r > kLargestRadius ? kLargestRadius + Doubles{} : r;
+  r = r < kLeastSeed ? kLeastSeed + Doubles{} : r;
+  r = r > kLargestSeed ? kLargestSeed + Doubles{} : r;
   const Doubles g = (2.0 * r) / (1.0 + r * r);
 
   Words k = (words - kQuarter) & 0xFFFFFFFF;
