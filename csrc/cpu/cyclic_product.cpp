@@ -16,7 +16,7 @@ constexpr int64_t kStrip = 32;      // columns whose tables stay in the first ca
 constexpr int64_t kRowBlock = 256;  // rows whose codes stay in the second cache
 constexpr int kByteTop = 127;
 
-// The basis by columns, (block, vectors), and its integers with their unit.
+// The basis by columns, (block, vectors).
 struct Basis {
   int64_t block, vectors;
   std::vector<float> columns;
