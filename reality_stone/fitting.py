@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .codecs.base import Codec
 
 SAMPLE = 1 << 18  # weights that shared params are fitted on
+SAMPLE_TILES = 1024  # of which there are at least so many, however large
 ROUNDS = 24
 ENOUGH = 2e-3  # a smaller relative gain ends the turns
 CHUNK = 1024  # points whose distances are held at a time
@@ -34,7 +35,8 @@ def alternate(
     Works on evenly spaced rows, about SAMPLE weights in all, with their out_scale taken off.
     """
     tile, shape = codec.tile((weight.shape[0], weight.shape[1])), tuple(weight.shape)
-    count = min(shape[0], max(tile.rows, SAMPLE // shape[1]))
+    tall = -(-SAMPLE_TILES // tile.grid(shape)[1]) * tile.rows
+    count = min(shape[0], max(tall, SAMPLE // shape[1]))
     at = torch.arange(count) * shape[0] // count
     rows, own, inner = weight[at], dict(params), codec.inner()
     weights = torch.ones(shape[1]) if importance is None else importance / importance.max()

@@ -16,7 +16,7 @@ constexpr int64_t kStrip = 32;      // columns whose tables stay in the first ca
 constexpr int64_t kRowBlock = 256;  // rows whose codes stay in the second cache
 constexpr int kByteTop = 127;
 
-// The basis by columns, (block, vectors), and its integers with their unit.
+// The basis by columns, (block, vectors).
 struct Basis {
   int64_t block, vectors;
   std::vector<float> columns;
@@ -317,7 +317,7 @@ void linear_grad_input(const Layer& layer, const float* grad, int64_t m, float* 
   });
 }
 
-constexpr int64_t kDirectBatch = 32;  // beyond, panels of weights are as fast
+constexpr int64_t kDirectBatch = 16;  // beyond, panels of weights are as fast
 
 template <class Word, bool Integers>
 void choose_linear(Row& row, Isa isa) {
@@ -333,6 +333,9 @@ void choose_linear(Row& row, Isa isa) {
 
 template <class Word>
 void cyclic_product_slots(Row& row, bool integers, Isa isa) {
+#if RS_FAST_X86
+  if (isa >= Isa::avx512 && row.tile.cols == 8) cyclic_decode_avx512_slots(Word(), row);
+#endif
   if (integers) {
     choose_linear<Word, true>(row, isa);
     row.linear_grad_input = linear_grad_input<Word, scatter>;
