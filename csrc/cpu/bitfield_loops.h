@@ -17,7 +17,7 @@ namespace {
 
 // Rows that share a pass over the dots, which come from the second cache or beyond.
 template <int B>
-constexpr int kRowGroup = 128 * B;
+constexpr int kRowGroup = std::max(256, 128 * B);
 constexpr int kRowsAhead = 16;  // of software prefetch: strips of rows are no stream
 
 template <class Codec>
