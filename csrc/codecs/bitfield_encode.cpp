@@ -45,9 +45,12 @@ class FactorSearch {
   // Place of the first value that is not below c, or the last place.
   size_t above(float c) const {
     const uint32_t bucket = key(c) >> kShift;
-    const auto begin = values_.begin();
-    const auto at = std::lower_bound(begin + first_[bucket], begin + first_[bucket + 1], c);
-    return std::min(static_cast<size_t>(at - begin), values_.size() - 1);
+    size_t at = first_[bucket], n = first_[bucket + 1] - at;
+    for (size_t half; n; n -= half) {  // without a branch to mispredict
+      half = (n + 1) / 2;
+      at += values_[at + half - 1] < c ? half : 0;
+    }
+    return std::min(at, values_.size() - 1);
   }
   size_t nearest(float c) const {
     const size_t i = above(c);

@@ -15,7 +15,9 @@
 namespace rs {
 namespace {
 
-constexpr int kRowGroup = 128;
+// Rows that share a pass over the dots, which come from the second cache or beyond.
+template <int B>
+constexpr int kRowGroup = std::max(256, 128 * B);
 constexpr int kRowsAhead = 16;  // of software prefetch: strips of rows are no stream
 
 template <class Codec>
@@ -102,23 +104,42 @@ void decode_blocks(const Layer& layer, const typename Codec::Tables& tables, int
   }
 }
 
+// The dots of B rows of x, side by side.
+template <int B>
+struct Side {
+  typedef float Vector __attribute__((vector_size(4 * B)));
+  typedef float Stored __attribute__((vector_size(4 * B), aligned(4)));
+};
+
+template <>
+struct Side<1> {
+  using Vector = float;
+  using Stored = float;
+};
+
 // sums[b] += the products of n tiles with their dots.
 template <class Codec, int B>
 RS_FLAT void add_strip(const uint8_t* tile, int64_t n, const float* table, const float* cosine,
                        const float* dot, float* sums) {
-  constexpr int kLanes = B == 1 ? 4 : 1;
-  float lanes[kLanes][B] = {};
+  constexpr int kLanes = B == 1 ? 4 : 2;
+  using Vector = typename Side<B>::Vector;
+  using Stored = typename Side<B>::Stored;
+  Vector lanes[kLanes] = {};
+#pragma GCC unroll 16
   for (int64_t t = 0; t < n; ++t, tile += Codec::kBytes, dot += Codec::kCodes * kBasis * B) {
     const Unpacked<Codec> u = unpack<Codec>(tile);
     for (int k = 0; k < Codec::kCodes; ++k) {
       const float f = factor<Codec>(tile, u, k, table, cosine);
       const float* d = dot + (k * kBasis + u.index[k]) * B;
-      float* lane = lanes[(t * Codec::kCodes + k) % kLanes];
-      for (int b = 0; b < B; ++b) lane[b] = multiply_add(f, d[b], lane[b]);
+      Vector& lane = lanes[(t * Codec::kCodes + k) % kLanes];
+      if constexpr (B == 1)
+        lane = multiply_add(f, *d, lane);
+      else
+        lane += f * *reinterpret_cast<const Stored*>(d);
     }
   }
-  for (int i = 0; i < kLanes; ++i)
-    for (int b = 0; b < B; ++b) sums[b] += lanes[i][b];
+  for (int i = 1; i < kLanes; ++i) lanes[0] += lanes[i];
+  *reinterpret_cast<Stored*>(sums) += lanes[0];
 }
 
 // y[b * out + r] for rows [row0, row1) and b < m, from the dots of B >= m rows of x.
@@ -126,12 +147,12 @@ template <class Codec, int B>
 void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, const float* dots,
                    int64_t row0, int64_t row1, int64_t m, float* y) {
   constexpr int kCodes = Codec::kCodes;
-  constexpr int64_t kStrip = std::max(1, 16 / B / kCodes);  // tiles
+  constexpr int64_t kStrip = std::max(4, 16 / B) / kCodes;  // tiles
   const float *table = tables.value, *cosine = tables.cosine;
   const int64_t tiles = layer.tile_cols(), row_bytes = tiles * Codec::kBytes;
-  for (int64_t group = row0; group < row1; group += kRowGroup) {
-    const int64_t rows = std::min<int64_t>(kRowGroup, row1 - group);
-    float sums[kRowGroup][B] = {};
+  for (int64_t group = row0; group < row1; group += kRowGroup<B>) {
+    const int64_t rows = std::min<int64_t>(kRowGroup<B>, row1 - group);
+    float sums[kRowGroup<B>][B] = {};
     for (int64_t strip = 0; strip < tiles; strip += kStrip) {
       const uint8_t* tile = layer.codes + group * row_bytes + strip * Codec::kBytes;
       const float* dot = dots + strip * kCodes * kBasis * B;

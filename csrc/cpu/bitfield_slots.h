@@ -55,8 +55,9 @@ void fill_slots(Row& row) {
   fill_decode<Codec, 1>(row, block) || fill_decode<Codec, 2>(row, block) ||
       fill_decode<Codec, 4>(row, block) || fill_decode<Codec, 8>(row, block) ||
       fill_decode<Codec, 16>(row, block);
+  if (block < 2) return;  // a dot per weight gains nothing over decoding
   row.linear = linear_slot<Codec>;
-  row.linear_max_m = 2 * kMaxBatch;
+  row.linear_max_m = block < 4 ? 1 : kMaxBatch;
 }
 
 inline void fill_slots(Row& row, int word, Amplitude amplitude) {

@@ -12,8 +12,8 @@ from ..fitting import axes
 from .radial import LARGEST_RADIUS, LEAST_RADIUS
 
 SAMPLE = 1 << 13  # blocks that lines are fitted to
-FACTORS = 1 << 11  # factors that the range of radii is fitted to
-ROUNDS = 12
+FACTORS = 1 << 10  # factors that the range of radii is fitted to
+ROUNDS = 8
 SMOOTHING = 0.1  # of r_max from round to round: its exponential moving average
 SPANNED = 7 * 2.0**-24  # sine of an angle that a few roundings to float32 make
 TARGET_USE = 0.5  # of the range of amplitudes, on average over the codes
