@@ -47,10 +47,17 @@ RS_CLONES void to_keys(const float* cost, int n, int32_t* __restrict key) {
     key[c] = (bits & ~255) | c;
   }
 }
-RS_CLONES int32_t least(const int32_t* key, int n) {
-  int32_t best = std::numeric_limits<int32_t>::max();
-  for (int c = 0; c < n; ++c) best = key[c] < best ? key[c] : best;
-  return best;
+
+constexpr int32_t kUsed = std::numeric_limits<int32_t>::max();
+
+// Takes the `visits` least of n keys out of them, least first.
+RS_CLONES void take_least(int32_t* __restrict key, int n, int visits, int32_t* __restrict taken) {
+  for (int visit = 0; visit < visits; ++visit) {
+    int32_t best = kUsed;
+    for (int c = 0; c < n; ++c) best = key[c] < best ? key[c] : best;
+    key[best & 255] = kUsed;
+    taken[visit] = best;
+  }
 }
 
 // About Gaussian: a sum of uniform numbers, from integers alone.
@@ -88,26 +95,28 @@ class XorSearch::Tree {
 
   // Canonical index of the base.
   int run(const float* w, const float* h) const {
-    constexpr int32_t kUsed = std::numeric_limits<int32_t>::max();
-    alignas(64) float cost[256];
-    alignas(64) int32_t nodes[256], own[256];
+    alignas(64) float cost[kMost];
+    alignas(64) int32_t key[kMost];
+    int32_t nodes[kMost], best[kMost];
     costs(w, h, means_[0].data(), means_[1].data(), means_[2].data(), means_[3].data(), leaves(),
           cost);
-    to_keys(cost, leaves(), nodes);
-    int32_t best = kUsed;
-    int at = order_[0];
+    to_keys(cost, leaves(), key);
+    take_least(key, leaves(), visited_, nodes);
     for (int visit = 0; visit < visited_; ++visit) {
-      const int node = least(nodes, leaves()) & 255, first = node * leaf_;
-      nodes[node] = kUsed;
+      const int first = (nodes[visit] & 255) * leaf_;
       costs(w, h, &all_[0][first], &all_[1][first], &all_[2][first], &all_[3][first], leaf_, cost);
-      to_keys(cost, leaf_, own);
-      const int32_t found = least(own, leaf_);
-      if (found >> 8 < best >> 8) best = found, at = order_[first + (found & 255)];
+      to_keys(cost, leaf_, key);
+      take_least(key, leaf_, 1, best + visit);
     }
-    return at;
+    int at = 0;
+    for (int visit = 1; visit < visited_; ++visit)
+      if (best[visit] >> 8 < best[at] >> 8) at = visit;
+    return order_[(nodes[at] & 255) * leaf_ + (best[at] & 255)];
   }
 
  private:
+  static constexpr int kMost = 256;  // leaves, and bases of a leaf
+
   using Quads = std::array<std::vector<float>, 4>;
 
   int size() const { return static_cast<int>(order_.size()); }
@@ -171,7 +180,7 @@ XorSearch::XorSearch(const float* levels) {
   }
   std::stable_sort(bases.begin(), bases.end(), [&](int a, int b) { return uses[a] > uses[b]; });
   bases.resize(kKept);
-  tree_ = std::make_shared<const Tree>(values, bases, 16, 20);
+  tree_ = std::make_shared<const Tree>(values, bases, 32, 14);
 }
 
 uint32_t XorSearch::run(const float* w, const float* h) const {
