@@ -47,17 +47,10 @@ RS_CLONES void to_keys(const float* cost, int n, int32_t* __restrict key) {
     key[c] = (bits & ~255) | c;
   }
 }
-
-constexpr int32_t kUsed = std::numeric_limits<int32_t>::max();
-
-// Takes the `visits` least of n keys out of them, least first.
-RS_CLONES void take_least(int32_t* __restrict key, int n, int visits, int32_t* __restrict taken) {
-  for (int visit = 0; visit < visits; ++visit) {
-    int32_t best = kUsed;
-    for (int c = 0; c < n; ++c) best = key[c] < best ? key[c] : best;
-    key[best & 255] = kUsed;
-    taken[visit] = best;
-  }
+RS_CLONES int32_t least(const int32_t* key, int n) {
+  int32_t best = std::numeric_limits<int32_t>::max();
+  for (int c = 0; c < n; ++c) best = key[c] < best ? key[c] : best;
+  return best;
 }
 
 // About Gaussian: a sum of uniform numbers, from integers alone.
@@ -97,21 +90,21 @@ class XorSearch::Tree {
   int run(const float* w, const float* h) const {
     alignas(64) float cost[kMost];
     alignas(64) int32_t key[kMost];
-    int32_t nodes[kMost], best[kMost];
+    int32_t nodes[kMost];
     costs(w, h, means_[0].data(), means_[1].data(), means_[2].data(), means_[3].data(), leaves(),
           cost);
-    to_keys(cost, leaves(), key);
-    take_least(key, leaves(), visited_, nodes);
+    to_keys(cost, leaves(), nodes);
+    std::nth_element(nodes, nodes + visited_, nodes + leaves());
+    int32_t best = std::numeric_limits<int32_t>::max();
+    int at = order_[0];
     for (int visit = 0; visit < visited_; ++visit) {
       const int first = (nodes[visit] & 255) * leaf_;
       costs(w, h, &all_[0][first], &all_[1][first], &all_[2][first], &all_[3][first], leaf_, cost);
       to_keys(cost, leaf_, key);
-      take_least(key, leaf_, 1, best + visit);
+      const int32_t found = least(key, leaf_);
+      if (found >> 8 < best >> 8) best = found, at = order_[first + (found & 255)];
     }
-    int at = 0;
-    for (int visit = 1; visit < visited_; ++visit)
-      if (best[visit] >> 8 < best[at] >> 8) at = visit;
-    return order_[(nodes[at] & 255) * leaf_ + (best[at] & 255)];
+    return at;
   }
 
  private:
