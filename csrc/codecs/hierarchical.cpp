@@ -131,14 +131,17 @@ void encode_mul(const Layer& layer, const float* w, const EncodeOptions& options
 }
 
 uint32_t nearest_deltas(const float* w, uint32_t base, const float* levels) {
+  float value[4];
+  for (uint32_t d = 0; d < 4; ++d)
+    value[d] = XorMode::factor(base, d) * levels[XorMode::entry(base, d)];
   uint32_t deltas = 0;
   for (int i = 0; i < kBlock; ++i) {
-    float least = INFINITY;
+    float least = std::abs(w[i] - value[0]);
     uint32_t best = 0;
-    for (uint32_t d = 0; d < 4; ++d) {
-      const float miss =
-          std::abs(w[i] - XorMode::factor(base, d) * levels[XorMode::entry(base, d)]);
-      if (miss < least) least = miss, best = d;
+    for (uint32_t d = 1; d < 4; ++d) {
+      const float miss = std::abs(w[i] - value[d]);
+      best = miss < least ? d : best;
+      least = miss < least ? miss : least;
     }
     deltas |= best << (2 * i);
   }

@@ -88,26 +88,28 @@ class XorSearch::Tree {
 
   // Canonical index of the base.
   int run(const float* w, const float* h) const {
-    constexpr int32_t kUsed = std::numeric_limits<int32_t>::max();
-    alignas(64) float cost[256];
-    alignas(64) int32_t nodes[256], own[256];
+    alignas(64) float cost[kMost];
+    alignas(64) int32_t key[kMost];
+    int32_t nodes[kMost];
     costs(w, h, means_[0].data(), means_[1].data(), means_[2].data(), means_[3].data(), leaves(),
           cost);
     to_keys(cost, leaves(), nodes);
-    int32_t best = kUsed;
+    std::nth_element(nodes, nodes + visited_, nodes + leaves());
+    int32_t best = std::numeric_limits<int32_t>::max();
     int at = order_[0];
     for (int visit = 0; visit < visited_; ++visit) {
-      const int node = least(nodes, leaves()) & 255, first = node * leaf_;
-      nodes[node] = kUsed;
+      const int first = (nodes[visit] & 255) * leaf_;
       costs(w, h, &all_[0][first], &all_[1][first], &all_[2][first], &all_[3][first], leaf_, cost);
-      to_keys(cost, leaf_, own);
-      const int32_t found = least(own, leaf_);
+      to_keys(cost, leaf_, key);
+      const int32_t found = least(key, leaf_);
       if (found >> 8 < best >> 8) best = found, at = order_[first + (found & 255)];
     }
     return at;
   }
 
  private:
+  static constexpr int kMost = 256;  // leaves, and bases of a leaf
+
   using Quads = std::array<std::vector<float>, 4>;
 
   int size() const { return static_cast<int>(order_.size()); }
@@ -171,7 +173,7 @@ XorSearch::XorSearch(const float* levels) {
   }
   std::stable_sort(bases.begin(), bases.end(), [&](int a, int b) { return uses[a] > uses[b]; });
   bases.resize(kKept);
-  tree_ = std::make_shared<const Tree>(values, bases, 16, 20);
+  tree_ = std::make_shared<const Tree>(values, bases, 32, 14);
 }
 
 uint32_t XorSearch::run(const float* w, const float* h) const {

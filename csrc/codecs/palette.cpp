@@ -123,11 +123,20 @@ class GroupFit {
       const double error = settle(entries, now.data());
       if (error < least) least = error, best = now;
     }
-    for (int e = 0; e < entries; ++e) book[e] = round_to_half(static_cast<float>(best[e]));
+    const double peak = std::max(std::abs(low), std::abs(high));
+    for (int e = 0; e < entries; ++e) book[e] = held(best[e], peak);
   }
 
  private:
   int64_t size() const { return static_cast<int64_t>(order_.size()); }
+
+  // A float16 value, so that files store 16 bits: below the normal ones an entry among larger ones
+  // takes the nearest multiple of 2^-24.
+  static float held(double entry, double peak) {
+    if (std::abs(entry) < 0x1p-14 && peak >= 0x1p-10 && peak < 65504)
+      return static_cast<float>(std::nearbyint(entry * 0x1p24) * 0x1p-24);
+    return round_to_half(static_cast<float>(entry));
+  }
 
   // Rounds until the cells stay; returns the squared error of the last cells.
   double settle(int entries, double* book) const {

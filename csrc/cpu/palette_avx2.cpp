@@ -1,5 +1,5 @@
 // Palettes on AVX2, in float32: 32 bits of codes in every lane, each shifted to its own code, which
-// vpermps looks up among eight entries (twice for sixteen).
+// vpermps looks up among eight entries (twice for sixteen). Pairs are loaded from their codebook.
 #include "fast.h"
 
 #if RS_FAST_X86
@@ -47,8 +47,8 @@ struct DenseCodes {
       return table(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift));
     };
     int64_t j = 0;
-    // Four bytes are read for eight codes, so the last ones are taken one by one.
-    for (; j + 32 <= n - 8; j += 32, codes += 4 * Bits, size -= 4 * Bits) {
+    // Four bytes are read for eight codes: all of them must be there.
+    for (; j + 32 <= n && size >= 3 * Bits + 4; j += 32, codes += 4 * Bits, size -= 4 * Bits) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) visit(i, j + 8 * i, eight(codes + i * Bits, 4), 8);
     }
@@ -79,6 +79,27 @@ struct WordCodes {
     std::memcpy(last, codes, static_cast<size_t>(size));
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(last));
     for (int i = 0; j < n; ++i, j += 8) visit(0, j, eight(words, i), std::min<int64_t>(n - j, 8));
+  }
+};
+
+// Pairs of weights as they lie in the codebook, four at a time.
+struct PairRows {
+  template <class Visit>
+  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+    const float* book = layer.params[0];
+    const uint8_t* codes = layer.codes + row * layer.tile_cols() * 5;
+    const auto pair = [&](uint64_t bits, int k) RS_LAMBDA {
+      return _mm_castpd_ps(_mm_loadl_pd(
+          _mm_setzero_pd(), reinterpret_cast<const double*>(book + 2 * ((bits >> (5 * k)) & 31))));
+    };
+    const auto two = [&](uint64_t bits, int k)
+                         RS_LAMBDA { return _mm_movelh_ps(pair(bits, k), pair(bits, k + 1)); };
+    for (int64_t j = 0; j < layer.in; j += 16, codes += 5) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, codes, 5);
+      visit(0, j, _mm256_set_m128(two(bits, 2), two(bits, 0)), 8);
+      visit(1, j + 8, _mm256_set_m128(two(bits, 6), two(bits, 4)), 8);
+    }
   }
 };
 
@@ -122,23 +143,11 @@ void choose(Row& row, bool grouped) {
   grouped ? fill<PaletteRows<Codes, true>>(row) : fill<PaletteRows<Codes, false>>(row);
 }
 
-// Pairs of weights as they lie in the codebook.
-void decode_pairs(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 5;
-  const float* book = layer.params[0];
-  for (int64_t tile = (row1 - row0) * layer.tile_cols(); tile > 0; --tile, codes += 5, w += 16) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, codes, 5);
-    for (int j = 0; j < 8; ++j)
-      std::memcpy(w + 2 * j, book + 2 * (bits >> (5 * j) & 31), 2 * sizeof(float));
-  }
-}
-
 }  // namespace
 
 void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped) {
   if (layout == PaletteLayout::pair) {
-    row.decode = decode_pairs;
+    fill<PairRows>(row);
     return;
   }
   if (layout == PaletteLayout::words) return choose<WordCodes>(row, grouped);

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..fitting import kmeans, unit_rows
+from ..fitting import SAMPLE, kmeans, unit_rows
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .uniform import pack_bits, unpack_bits
@@ -90,10 +90,11 @@ class Palette(Codec):
         if self.group:
             return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
         scale = row_scale(weight)
-        rows, weights = unit_rows(weight, importance)
+        limit = 1 << 16 if self.layout == "pair" else SAMPLE  # k-means in the plane is slow
+        rows, weights = unit_rows(weight, importance, limit)
         if self.layout == "pair":
             even = rows.shape[1] // 2 * 2
-            book = pair_codebook(rows[:, :even].reshape(-1, 2), seed)
+            book = kmeans(rows[:, :even].reshape(-1, 2), PAIRS, seed, rounds=30)
         else:
             book = lloyd(rows.flatten(), weights.flatten(), self.entries)
         return {"codebook": round_to_half(book), "out_scale": scale}
@@ -159,11 +160,6 @@ def lloyd(values: Tensor, weights: Tensor, entries: int, rounds: int = 500) -> T
             break
         book = moved
     return book.float()
-
-
-def pair_codebook(points: Tensor, seed: int) -> Tensor:
-    """Codebook (32, 2) of points (n, 2)."""
-    return kmeans(points, PAIRS, seed)
 
 
 def group_codebooks(w: Tensor, h: Tensor, entries: int, rounds: int = 30) -> Tensor:
