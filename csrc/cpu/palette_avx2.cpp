@@ -95,8 +95,9 @@ struct PairRows {
     const auto two = [&](uint64_t bits, int k)
                          RS_LAMBDA { return _mm_movelh_ps(pair(bits, k), pair(bits, k + 1)); };
     for (int64_t j = 0; j < layer.in; j += 16, codes += 5) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, codes, 5);
+      uint32_t low;
+      std::memcpy(&low, codes, 4);
+      const uint64_t bits = static_cast<uint64_t>(codes[4]) << 32 | low;
       visit(0, j, _mm256_set_m128(two(bits, 2), two(bits, 0)), 8);
       visit(1, j + 8, _mm256_set_m128(two(bits, 6), two(bits, 4)), 8);
     }
