@@ -27,7 +27,7 @@ examples: $(BUILT)
 	$(PY) examples/finetune_2bit.py --calibration 8 --training 16 --judging 4096
 
 test: $(BUILT)
-	$(PY) -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)
 
 bench: $(BUILT)
 	$(PY) -m reality_stone bench $(BENCH)

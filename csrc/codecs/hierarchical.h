@@ -19,6 +19,7 @@
 
 #include "../codec.h"
 #include "../hd.h"
+#include "cyclic_tables.h"
 
 namespace rs {
 
@@ -50,11 +51,9 @@ struct XorMode {
     return base ^ (delta == 0 ? 0u : delta == 1 ? 0x00F0u : delta == 2 ? 0x0F00u : 0x00FFu);
   }
   RS_HD static float factor(uint32_t base, uint32_t delta) {
-    constexpr int8_t kCosine[16] = {127,  117,  90,  49,  0, -49, -90, -117,
-                                    -127, -117, -90, -49, 0, 49,  90,  117};
     const uint32_t c = code(base, delta);
     const int amp = static_cast<int>((c >> 4) & 63) + 1;
-    return static_cast<float>(kCosine[((c >> 12) + ((c >> 10) & 3) * 4) & 15] * amp) *
+    return static_cast<float>(kCyclic[0][((c >> 12) + ((c >> 10) & 3) * 4) & 15] * amp) *
            (1.0f / 8192);
   }
   RS_HD static int entry(uint32_t base, uint32_t delta) {

@@ -11,8 +11,7 @@ std::vector<Term> residual_terms(const Spec& spec, Shape shape) {
                                 spec.word("clip", ""));
   std::vector<Term> terms = resolve(*base, shape), more = resolve(*rest, shape);
   if (terms.size() != 1 || more.size() != 1)
-    throw std::invalid_argument(
-        "residual: base and rest must be plain codecs, not sums again");
+    throw std::invalid_argument("residual: base and rest must be plain codecs, not sums again");
   // The rest's codes follow the base's params, and its own list of params follows them.
   Term& term = more.front();
   term.codes_param = static_cast<int>(terms.front().row.params.size());

@@ -38,7 +38,6 @@ class Bitfield(Codec):
     rates: ClassVar[dict[float, dict[str, Any]]] = {
         2.75: {"word": 22, "block": 8},
         5.5: {"word": 22, "block": 4},
-        16: {"word": 32, "block": 2},
     }
     word: int = 22
     amplitude: str = one_of("byte", "uint16", "float32")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale
+from .cyclic_tables import cyclic
 
 BLOCK = 8
 STEP = 1 / 512  # of an integer base
@@ -25,7 +26,6 @@ LEVELS = (
     *(-3.86, -2.97, -2.57, -2.36, -1.43, -1.86, -0.38, -0.13),
     *(0.13, 0.38, 0.63, 1.68, 1.95, 3.31, 4.84, 6.2),
 )
-COSINE = (127, 117, 90, 49, 0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117)
 MASKS = (0, 0x00F0, 0x0F00, 0x00FF)
 
 
@@ -93,7 +93,7 @@ def xor_parts(base: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(T * (amp + 1), index of the level) of each weight's code; the factor counts in 1/8192."""
     code = base ^ torch.tensor(MASKS, device=base.device)[delta]
     turn = ((code >> 12) + ((code >> 10) & 3) * 4) & 15
-    cosine = torch.tensor(COSINE, device=base.device)[turn]
+    cosine = cyclic()[0].long().to(base.device)[turn]
     return cosine * (((code >> 4) & 63) + 1), code & 15
 
 

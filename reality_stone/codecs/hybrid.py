@@ -56,14 +56,14 @@ class Hybrid(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"out_scale": row_scale(weight)}
 
-    def encode(self, weight, hessian=None, *, seed=0, label=""):
+    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
-        plain = super().encode(weight, seed=seed, label=label)
+        plain = super().encode(weight, seed=seed, label=label, given=given)
         if prepared is None or not weight.numel():
             return plain
         scaled = replace(plain, params=plain.params | refit_scales(plain, weight, prepared))
-        fed = super().encode(weight, prepared, seed=seed, label=label)
+        fed = super().encode(weight, prepared, seed=seed, label=label, given=given)
         h, power = prepared.damped(), weight.double().pow(2).sum().item()
 
         def loss(packed):

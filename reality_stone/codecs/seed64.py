@@ -76,13 +76,13 @@ class Seed64(Codec):
         scale = (peak * 1.25).clamp_max(3e38).float().view(1)
         return {"scale": round_to_half(scale) if peak else torch.ones(1)}
 
-    def encode(self, weight, hessian=None, *, seed=0, label=""):
+    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
         if not self.block or not weight.numel() or not weight.isfinite().all():
-            return super().encode(weight, seed=seed, label=label)
+            return super().encode(weight, seed=seed, label=label, given=given)
         if prepared is None:
-            return super().encode(self._for_padding(weight), seed=seed, label=label)
+            return super().encode(self._for_padding(weight), seed=seed, label=label, given=given)
         # Least squares in the metric of the input has a closed form. Damped until it loses no more
         # of the weight than leaving it out would: what the samples do not show may matter later.
         h, power = prepared.damped(), weight.double().pow(2).sum().item()
@@ -92,7 +92,7 @@ class Seed64(Codec):
             target = self._in_metric(weight, h)
             if squared_error(target, weight) <= power:
                 break
-        return super().encode(self._for_padding(target), seed=seed, label=label)
+        return super().encode(self._for_padding(target), seed=seed, label=label, given=given)
 
     def _for_padding(self, weight: Tensor) -> Tensor:
         """Blocks at the edges scaled so that least squares over them padded with zeros is that over
