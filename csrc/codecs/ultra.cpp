@@ -15,49 +15,77 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 // The codebook with the vectors' entries apart, so that candidates are neighbours.
 struct alignas(64) Columns {
-  Floats entry[4][Ultra::kVectors / kLanes];
+  Floats entry[4][Ultra::kVectors / kLanes], square[Ultra::kVectors / kLanes];
 
   explicit Columns(const Ultra::Tables& t) {
     for (int k = 0; k < Ultra::kVectors; ++k)
       for (int j = 0; j < 4; ++j) entry[j][k / kLanes][k % kLanes] = t.vector[k][j];
+    for (int k = 0; k < Ultra::kVectors / kLanes; ++k) {
+      square[k] = Floats{};
+      for (int j = 0; j < 4; ++j) square[k] += entry[j][k] * entry[j][k];
+    }
   }
 };
 
-// The vector with the least sum of h (w - c)^2, the first of equals: of the cost only h c (c - 2 w)
-// differs between vectors.
-RS_CLONES int nearest(const Columns& columns, const float* w, const float* h) {
-  Floats best = Floats{} + 3.4e38f;
-  Ints at{}, step{};
+struct Best {
+  Floats cost = Floats{} + 3.4e38f;
+  Ints at{};
+
+  // Candidate `step` of every lane. The first of equal costs stays.
+  __attribute__((always_inline)) void offer(Floats other, Ints step) {
+    const Ints better = other < cost;
+    cost = better ? other : cost;
+    at = better ? step : at;
+  }
+  int index() const {
+    int found = 0;
+    for (int lane = 1; lane < kLanes; ++lane)
+      if (cost[lane] < cost[found] || (cost[lane] == cost[found] && at[lane] < at[found]))
+        found = lane;
+    return at[found] * kLanes + found;
+  }
+};
+
+// The vector with the least |w - c|^2; only |c|^2 - 2 w c differs between vectors.
+RS_CLONES int nearest(const Columns& columns, const float* w) {
+  Best best;
+  Ints step{};
+  for (int k = 0; k < Ultra::kVectors / kLanes; ++k, step += 1) {
+    Floats cost = columns.square[k];
+    for (int j = 0; j < 4; ++j) cost -= 2 * w[j] * columns.entry[j][k];
+    best.offer(cost, step);
+  }
+  return best.index();
+}
+
+// The same with the sum of h (w - c)^2.
+RS_CLONES int nearest_weighted(const Columns& columns, const float* w, const float* h) {
+  Best best;
+  Ints step{};
   for (int k = 0; k < Ultra::kVectors / kLanes; ++k, step += 1) {
     Floats cost{};
     for (int j = 0; j < 4; ++j) {
       const Floats c = columns.entry[j][k];
       cost += h[j] * c * (c - 2 * w[j]);
     }
-    const Ints better = cost < best;
-    best = better ? cost : best;
-    at = better ? step : at;
+    best.offer(cost, step);
   }
-  at = at * kLanes;
-  int found = 0;
-  for (int lane = 1; lane < kLanes; ++lane)
-    if (best[lane] < best[found] ||
-        (best[lane] == best[found] && at[lane] + lane < at[found] + found))
-      found = lane;
-  return at[found] + found;
+  return best.index();
 }
 
 void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
             int64_t tile1, uint8_t* codes, float* const*) {
   const auto columns = std::make_unique<Columns>(*std::make_unique<Ultra::Tables>(layer));
-  const float ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   for (int64_t t = tile0; t < tile1; ++t) {
     const int64_t col = t % layer.tile_cols() * 16;
     const float* from = w + t / layer.tile_cols() * layer.in + col;
-    const float* h = options.importance ? options.importance + col : ones;
     uint64_t word = 0;
-    for (int i = 0; i < 4; ++i)
-      word |= static_cast<uint64_t>(nearest(*columns, from + 4 * i, h + 4 * i)) << (10 * i);
+    for (int i = 0; i < 4; ++i) {
+      const int index = options.importance ? nearest_weighted(*columns, from + 4 * i,
+                                                              options.importance + col + 4 * i)
+                                           : nearest(*columns, from + 4 * i);
+      word |= static_cast<uint64_t>(index) << (10 * i);
+    }
     for (int byte = 0; byte < 5; ++byte)
       codes[t * 5 + byte] = static_cast<uint8_t>(word >> (8 * byte));
   }

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from .. import ops
 from ..feedback import Hessian, encode_with_feedback, refit_scales
-from ..fitting import alternate
+from ..fitting import alternate, gain
 from ..metrics import squared_error
 from ..packed import Packed, round_to_half
+
+PASSES = 4  # more encodes of the whole weight, at most
+WORTH = 2e-3  # the share of the error that another must promise to save
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,11 @@ class Codec(ABC):
         if "out_scale" not in params or not weight.numel():
             return packed
         packed.params |= refit_scales(packed, weight, prepared)
-        if self.refits and not feedback:  # codes for the scales that the first codes asked for
-            again = self._plain(weight, importance, packed.params)
+        # Codes for the scales that the last codes asked for, as long as that is worth its time.
+        for _ in range(PASSES if self.refits and not feedback else 0):
+            if gain(self, weight, params, packed.params, importance) < WORTH:
+                break
+            params, again = packed.params, self._plain(weight, importance, packed.params)
             again.params |= refit_scales(again, weight, prepared)
             packed = min(packed, again, key=lambda p: squared_error(p.decode(), weight, importance))
         return packed
