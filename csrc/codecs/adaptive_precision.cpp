@@ -228,7 +228,7 @@ void check(const Layer& layer, int64_t tile) {
 
 std::vector<Term> adaptive_precision_terms(const Spec& spec, Shape shape) {
   spec.only({"window", "high", "middle"});
-  const double window = spec.number("window", 256), high = spec.number("high", 0.25),
+  const double window = spec.number("window", 128), high = spec.number("high", 0.25),
                middle = spec.number("middle", 0.5);
   if (!(window >= 16 && window <= 65536 && std::fmod(window, 16) == 0))
     throw std::invalid_argument(

@@ -85,7 +85,7 @@ struct AdaptivePrecision {
   }
 };
 
-// spec: adaptive_precision(window=256, high=0.25, middle=0.5)
+// spec: adaptive_precision(window=128, high=0.25, middle=0.5)
 std::vector<Term> adaptive_precision_terms(const Spec& spec, Shape shape);
 
 }  // namespace rs

@@ -38,26 +38,6 @@ RS_HD uint64_t seed_word(const uint8_t* bytes) {
   return word;
 }
 
-// The series of trig.h, in powers of the square.
-constexpr double kCosineSeries[9] = {1.0,
-                                     -1.0 / 2,
-                                     1.0 / 24,
-                                     -1.0 / 720,
-                                     1.0 / 40320,
-                                     -1.0 / 3628800,
-                                     1.0 / 479001600,
-                                     -1.0 / 87178291200.0,
-                                     1.0 / 20922789888000.0};
-constexpr double kSineSeries[9] = {1.0,
-                                   -1.0 / 6,
-                                   1.0 / 120,
-                                   -1.0 / 5040,
-                                   1.0 / 362880,
-                                   -1.0 / 39916800,
-                                   1.0 / 6227020800.0,
-                                   -1.0 / 1307674368000.0,
-                                   1.0 / 355687428096000.0};
-
 // g(r) sin(theta) of a word, before rounding.
 RS_HD double seed_value(uint32_t high, uint32_t low) {
   double r = mul(static_cast<double>(high), 1.0 / 4294967296.0);

@@ -25,8 +25,8 @@ class AdaptivePrecision(Codec):
     """window: columns of a row that are ranked together, a multiple of 16; high, middle: shares of
     its groups that get 12 and 6 bits, the others get 2.
 
-    The defaults take 6.5 bits per weight, 0.125 for the map and 0.1875 for the three scales of a
-    window: 6.8125 in all.
+    The defaults take 6.5 bits per weight, 0.125 for the map and 0.375 for the three scales of a
+    window: 7 in all.
     """
 
     name: ClassVar[str] = "adaptive_precision"
@@ -36,7 +36,7 @@ class AdaptivePrecision(Codec):
         6.5: {},
         7.5: {"high": 0.25, "middle": 0.75},
     }
-    window: int = 256
+    window: int = 128
     high: float = 0.25
     middle: float = 0.5
 
