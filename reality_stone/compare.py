@@ -19,6 +19,7 @@ from . import bench, tensorfile
 from .codecs import REGISTRY, Codec
 
 BITS = (2.0, 3.0, 4.0)
+PLOTTED = 9.0  # bits per weight; what lies beyond would squeeze the rest of a plot
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
 
 
 def plot(rows: Iterable[Row], path: str | os.PathLike[str], title: str = "") -> None:
-    """Error over true rate with the Shannon bound; PNG, SVG or PDF by the file's ending."""
+    """Error over true rate with the Shannon bound; PNG, SVG or PDF by the file's ending. Settings
+    beyond PLOTTED bits are left out where there are others, and the axis says so."""
     try:
         import matplotlib
     except ImportError as error:
@@ -209,7 +211,9 @@ def plot(rows: Iterable[Row], path: str | os.PathLike[str], title: str = "") -> 
     import matplotlib.pyplot as plt
 
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in summary(rows):
+    means = summary(rows)
+    beyond = [row for row in means if row.bits_per_weight > PLOTTED]
+    for row in means if len(beyond) == len(means) else [r for r in means if r not in beyond]:
         points.setdefault(row.codec.split("(")[0], []).append((row.bits_per_weight, row.nmse))
     # From the nearest to the bound to the farthest, so that the legend is a ranking.
     nearest = {name: min(decibels(e, r) for r, e in found) for name, found in points.items()}
@@ -226,11 +230,17 @@ def plot(rows: Iterable[Row], path: str | os.PathLike[str], title: str = "") -> 
     top = max((rate for found in points.values() for rate, _ in found), default=4.0)
     rates = [top * i / 50 for i in range(51)]
     axes.plot(rates, [2 ** (-2 * r) for r in rates], "k--", label="Shannon bound, Gaussian")
-    axes.set(xlabel="bits per weight, all counted", ylabel="normalised squared error", title=title)
+    label = "bits per weight, all counted"
+    if beyond and len(beyond) < len(means):
+        label += f" (settings above {PLOTTED:g} left out: {len(beyond)})"
+    axes.set(xlabel=label, ylabel="normalised squared error", title=title)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, title="best distance from it"
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        fontsize=8,
+        title="best distance from the bound",
     )
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

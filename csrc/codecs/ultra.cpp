@@ -32,7 +32,7 @@ struct Best {
   Ints at{};
 
   // Candidate `step` of every lane. The first of equal costs stays.
-  __attribute__((always_inline)) void offer(Floats other, Ints step) {
+  __attribute__((always_inline)) void offer(const Floats& other, const Ints& step) {
     const Ints better = other < cost;
     cost = better ? other : cost;
     at = better ? step : at;
