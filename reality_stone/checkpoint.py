@@ -373,7 +373,7 @@ def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
 def stored_names(header: Header, entry: PlanEntry) -> dict[str, str]:
     """{tensor of the layer: its name in the file}. A table that layers share is stored once."""
     names = {name: name for name in entry.tensors()}
-    tied = header.record("tied")
+    tied = header.record("tied") if entry.codec.common else None
     for common in entry.codec.common:
         name = f"{entry.prefix}{common}"
         if name not in header.entries and isinstance(tied, dict):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .packed import Packed, round_to_half
+from .packed import Packed, over_scale, round_to_half
 
 if TYPE_CHECKING:
     from .codecs.base import Codec
@@ -163,9 +163,9 @@ def to_inner(codec: Codec, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
     out_block, in_block = codec.blocks(shape)
     w = weight
     if "out_scale" in params:
-        w = (w / params["out_scale"][:, None]).nan_to_num(0, 0, 0)
+        w = over_scale(w, params["out_scale"][:, None])
     if "in_scale" in params:
-        w = (w / params["in_scale"]).nan_to_num(0, 0, 0)
+        w = over_scale(w, params["in_scale"])
     w = ops.hadamard(ops.hadamard(w, in_block).t().contiguous(), out_block).t()
     tile = codec.tile(shape)
     rows, cols = tile.grid(shape)

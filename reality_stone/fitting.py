@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .metrics import squared_error
-from .packed import Packed, round_to_half
+from .packed import Packed, over_scale, round_to_half
 
 if TYPE_CHECKING:
     from .codecs.base import Codec
@@ -36,14 +36,14 @@ def alternate(
     """
     tile, shape = codec.tile((weight.shape[0], weight.shape[1])), tuple(weight.shape)
     tall = -(-SAMPLE_TILES // tile.grid(shape)[1]) * tile.rows
-    count = min(shape[0], max(tall, SAMPLE // shape[1]))
-    at = torch.arange(count) * shape[0] // count
+    at = evenly(shape[0], max(tall, SAMPLE // shape[1]))
+    count = len(at)
     rows, own, inner = weight[at], dict(params), codec.inner()
     weights = torch.ones(shape[1]) if importance is None else importance / importance.max()
     weights = weights.expand(count, shape[1])
     if "out_scale" in own:
         scale = own["out_scale"][at, None]
-        rows = (rows / scale).nan_to_num(0, 0, 0)
+        rows = over_scale(rows, scale)
         own["out_scale"] = torch.ones(count)
         relative = scale.abs() / scale.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         weights = weights * relative.clamp_min(1e-9) ** 2
@@ -73,16 +73,18 @@ def gain(
 ) -> float:
     """The share of the error under params `after` that codes made for them save over codes made
     for `before`, on evenly spaced rows of about a quarter of SAMPLE weights."""
-    count = min(weight.shape[0], max(1, SAMPLE // 4 // weight.shape[1]))
-    at = torch.arange(count) * weight.shape[0] // count
-    rows, shape = weight[at], (count, weight.shape[1])
+    at = evenly(weight.shape[0], max(1, SAMPLE // 4 // weight.shape[1]))
+    rows, shape = weight[at], (len(at), weight.shape[1])
     sliced = {p.name for p in codec.params(shape) if p.axis in ("out", "both")}
+
+    def own(params):
+        return {name: p[at] if name in sliced else p for name, p in params.items()}
+
     errors = []
     for params in (before, after):
-        own = [p[at] if name in sliced else p for name, p in params.items()]
-        codes, _ = ops.encode(rows, importance, own, codec.spec)
-        final = {name: p[at] if name in sliced else p for name, p in after.items()}
-        errors.append(squared_error(Packed(codec, shape, codes, final).decode(), rows, importance))
+        codes, _ = ops.encode(rows, importance, list(own(params).values()), codec.spec)
+        decoded = Packed(codec, shape, codes, own(after)).decode()
+        errors.append(squared_error(decoded, rows, importance))
     return 1 - errors[1] / errors[0] if errors[0] else 0.0
 
 
@@ -105,8 +107,13 @@ def refit(packed: Packed, weight: Tensor, name: str, weights: Tensor) -> Tensor:
 
 def row_sample(weight: Tensor, limit: int) -> Tensor:
     """Evenly spaced rows of about `limit` weights in all."""
-    count = max(1, min(weight.shape[0], limit // max(1, weight.shape[1])))
-    return weight[torch.arange(count) * weight.shape[0] // count]
+    return weight[evenly(weight.shape[0], max(1, limit // max(1, weight.shape[1])))]
+
+
+def evenly(total: int, limit: int) -> Tensor:
+    """At most `limit` of the numbers below `total`, evenly spaced."""
+    count = min(total, limit)
+    return torch.arange(count) * total // max(1, count)
 
 
 def unit_rows(
@@ -122,7 +129,7 @@ def unit_rows(
     size = rows.pow(2).mean(1, keepdim=True).sqrt()
     columns = torch.ones(weight.shape[1]) if importance is None else importance / importance.max()
     relative = size / size.max().clamp_min(torch.finfo(torch.float64).tiny)
-    unit = (rows / size).nan_to_num(0, 0, 0).float()
+    unit = over_scale(rows, size).float()
     return unit, columns * relative.clamp_min(1e-9).float() ** 2
 
 

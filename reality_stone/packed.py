@@ -38,6 +38,11 @@ def round_to_half(tensor: Tensor) -> Tensor:
     return tensor.half().float() if bool(fits.all()) else tensor
 
 
+def over_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight / scale; zero where a scale of zero stands for a zero row or column."""
+    return (weight / scale).nan_to_num(0, 0, 0)
+
+
 @dataclass
 class Packed:
     """`shape` is (out, in); `params` maps the codec's names to tensors, in the codec's order."""

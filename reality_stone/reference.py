@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import codecs, ops
-from .codecs.base import hadamard
+from .codecs.base import check_finite, hadamard
 from .codecs.trellis import Trellis
 from .feedback import to_inner
 
@@ -83,10 +83,7 @@ def decode_grad_params(grad, codes, params, codec, shape):
 
 def encode(weight, importance, params, codec):
     parsed = codecs.codec(codec)
-    bad = (~weight.isfinite()).nonzero()
-    if len(bad):
-        at = tuple(bad[0].tolist())
-        raise ValueError(f"{codec}: the weight is not finite at {at}: {weight[at].item()}")
+    check_finite(weight, codec)
     shape = (weight.shape[0], weight.shape[1])
     named = {spec.name: p for spec, p in zip(parsed.params(shape), params, strict=True)}
     tile = parsed.tile(shape)

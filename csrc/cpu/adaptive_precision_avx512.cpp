@@ -9,7 +9,6 @@
 namespace rs {
 namespace {
 constexpr AdaptiveUnpack kUnpack(16);
-constexpr uint8_t kNext[4] = {0, 1, 2, 2};  // class as stored -> class
 }  // namespace
 }  // namespace rs
 
@@ -23,7 +22,7 @@ RS_INLINE void decode_tile(const uint8_t* tile, int64_t groups, int64_t bytes, c
                            float* w) {
   int64_t at = (groups + 3) / 4;
   for (int64_t g = 0; g < groups; ++g, w += 16) {
-    const int k = kNext[tile[g / 4] >> (2 * (g % 4)) & 3];
+    const int k = kAdaptiveClass[tile[g / 4] >> (2 * (g % 4)) & 3];
     const auto& kind = kUnpack.kind[k];
     const bool inside = at + kind.size <= bytes;  // a group past the tile is zero
     const __m256i stored =

@@ -16,6 +16,8 @@ inline void adaptive_precision_fast_slots(Row& row, Isa isa) {
 #endif
 }
 
+constexpr uint8_t kAdaptiveClass[4] = {0, 1, 2, 2};  // of two bits of the map
+
 // A group's codes in 32-bit lanes: the two bytes that hold code j, its shift there, and what
 // follows. Lookups by class keep branches out of the loops, which random maps would mispredict.
 struct AdaptiveUnpack {

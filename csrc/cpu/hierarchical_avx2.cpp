@@ -77,24 +77,9 @@ struct HierarchicalRows {
 #pragma GCC pop_options
 
 namespace rs {
-namespace {
-
-template <class Rows>
-void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  float_linear(layer, x, m, y, kFloatKernels<Rows>);
-}
-
-template <class Rows>
-void fill(Row& row) {
-  row.decode = decode_rows<Rows>;
-  row.linear = linear<Rows>;
-  row.linear_max_m = kMaxBatch;
-}
-
-}  // namespace
-
 void hierarchical_avx2_slots(Row& row, bool exclusive_or) {
-  exclusive_or ? fill<HierarchicalRows<XorValues>>(row) : fill<HierarchicalRows<MulValues>>(row);
+  exclusive_or ? fill_float_slots<HierarchicalRows<XorValues>>(row)
+               : fill_float_slots<HierarchicalRows<MulValues>>(row);
 }
 
 }  // namespace rs

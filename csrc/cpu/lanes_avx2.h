@@ -69,6 +69,16 @@ void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
     });
 }
 
+// Products in float32 for batches up to kMaxBatch, and decode, of a codec's rows.
+template <class Rows>
+void fill_float_slots(Row& row) {
+  row.decode = decode_rows<Rows>;
+  row.linear = [](const Layer& layer, const float* x, int64_t m, float* y) {
+    float_linear(layer, x, m, y, kFloatKernels<Rows>);
+  };
+  row.linear_max_m = kMaxBatch;
+}
+
 // Up to sixteen floats to look up by the low bits of a code: 3 for 8 of them, 4 for 16.
 template <int Entries>
 struct FloatTable {

@@ -127,28 +127,17 @@ struct PaletteRows {
 namespace rs {
 namespace {
 
-template <class Rows>
-void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  float_linear(layer, x, m, y, kFloatKernels<Rows>);
-}
-
-template <class Rows>
-void fill(Row& row) {
-  row.decode = decode_rows<Rows>;
-  row.linear = linear<Rows>;
-  row.linear_max_m = kMaxBatch;
-}
-
 template <class Codes>
 void choose(Row& row, bool grouped) {
-  grouped ? fill<PaletteRows<Codes, true>>(row) : fill<PaletteRows<Codes, false>>(row);
+  grouped ? fill_float_slots<PaletteRows<Codes, true>>(row)
+          : fill_float_slots<PaletteRows<Codes, false>>(row);
 }
 
 }  // namespace
 
 void palette_avx2_slots(Row& row, PaletteLayout layout, int bits, bool grouped) {
   if (layout == PaletteLayout::pair) {
-    fill<PairRows>(row);
+    fill_float_slots<PairRows>(row);
     return;
   }
   if (layout == PaletteLayout::words) return choose<WordCodes>(row, grouped);

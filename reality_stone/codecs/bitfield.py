@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..packed import round_to_half
+from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .bitfield_fit import fit_basis, fit_range
 from .radial import CATEGORIES, FUNCTIONS, LARGEST_RADIUS, LEAST_RADIUS, radial_table
@@ -120,7 +120,7 @@ class Bitfield(Codec):
             return {"basis": basis, "r_max": r_max, "out_scale": torch.zeros(weight.shape[0])}
         # Against the largest weight of a row no factor is beyond what the table reaches.
         scale = round_to_half(weight.abs().amax(1)) if wide else row_scale(weight)
-        inner = (weight / scale[:, None]).nan_to_num(0, 0, 0)
+        inner = over_scale(weight, scale[:, None])
         lines = fit_basis(inner, self.block, BASIS, self.basis, seed, importance, exact=wide)
         r_max, size, signs = fit_range(
             inner, lines, lambda r: self._table(r), self.r_max, cover=wide, byte=self.word == 22

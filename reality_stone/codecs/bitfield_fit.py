@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fitting import axes
+from ..fitting import axes, evenly
 from .radial import LARGEST_RADIUS, LEAST_RADIUS
 
 SAMPLE = 1 << 13  # blocks that lines are fitted to
@@ -48,8 +48,7 @@ def _blocks(inner: Tensor, block: int) -> Tensor:
 
 def _every(x: Tensor, limit: int) -> Tensor:
     """At most `limit` of x's first dimension, evenly spaced."""
-    n = min(limit, len(x))
-    return x[torch.arange(n) * len(x) // max(1, n)]
+    return x[evenly(len(x), limit)]
 
 
 def spanning_lines(points: Tensor, count: int) -> Tensor | None:

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..packed import round_to_half
+from ..fitting import evenly
+from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale
 from .trig import turn_cosine
 
@@ -53,7 +54,7 @@ class BlockSparse(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         rows = row_scale(weight)
         params = {"value_scale": torch.full((1,), 1 / 127), "out_scale": rows}
-        w = (weight / rows[:, None]).nan_to_num(0, 0, 0)
+        w = over_scale(weight, rows[:, None])
         h = torch.ones(weight.shape[1])
         if importance is not None and weight.numel():
             h = importance / importance.max()
@@ -76,8 +77,7 @@ class BlockSparse(Codec):
                 part = w[: tile.rows, : tile.cols]
                 whole[: part.shape[0], : part.shape[1]] = part
             return whole.view(1, -1), torch.ones(1, *size)
-        count = min(SAMPLE, down * across)
-        at = torch.arange(count) * (down * across) // count
+        at = evenly(down * across, SAMPLE)
         row = (at // across * tile.rows)[:, None, None] + torch.arange(tile.rows)[:, None]
         col = (at % across * tile.cols)[:, None, None] + torch.arange(tile.cols)
         return w[row, col].flatten(1), h[col].expand(-1, tile.rows, -1).flatten(1)

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..fitting import axes
-from ..packed import round_to_half
+from ..fitting import axes, evenly
+from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale, whole_number
 from .cyclic_tables import cyclic
 
@@ -79,12 +79,11 @@ class Cyclic(Codec):
         most = max(4 * self.vectors, min(SAMPLE, SAMPLE_WEIGHTS // block))
         wide = -(-shape[1] // block)
         total = shape[0] * wide
-        count = min(total, most)
-        at = torch.arange(count) * total // count
+        at = evenly(total, most)
         rows, columns = at // wide, at % wide
         padded = torch.nn.functional.pad(weight, (0, wide * block - shape[1]))
-        points = padded.view(shape[0], wide, block)[rows, columns] / scale[rows, None]
-        points = points.nan_to_num(0, 0, 0)
+        points = padded.view(shape[0], wide, block)[rows, columns]
+        points = over_scale(points, scale[rows, None])
         lines = axes(points, self.vectors, seed, ROUNDS)
         along = (points @ lines.t()).abs().amax(1)
         return {"basis": round_to_half(lines * self._length(along)), "out_scale": scale}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..fitting import alternate, kmeans, row_sample
 from ..metrics import squared_error
-from ..packed import round_to_half
+from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_finite, check_weight, check_words, one_of, row_scale
 from .residual import join, rest_params, split
 from .sparse import Sparse
@@ -92,7 +92,6 @@ class Ultra(Codec):
         weight = check_weight(weight, self.name)
         given = dict(given or {})
         if self.common and weight.numel():
-            check_finite(weight, self.name)
             if "codebook" not in given:
                 given |= self.fit_common([weight], seed)
             given["transform"] = self._best_transform(weight, given["codebook"])
@@ -152,7 +151,7 @@ def transformed(codebook: Tensor, transform: int) -> Tensor:
 def vectors(weight: Tensor, limit: int) -> Tensor:
     """(n, 4): vectors of evenly spaced rows, each row divided by its root mean square."""
     rows = row_sample(weight, limit)
-    rows = (rows / row_scale(rows)[:, None]).nan_to_num(0, 0, 0)
+    rows = over_scale(rows, row_scale(rows)[:, None])
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).reshape(-1, 4)
 
 
