@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .. import ops
 from ..codecs import Codec
 from ..codecs import codec as make_codec
 from ..packed import Packed, storage_bits
+from .observe import Observe
 
 
 class RBELinear(nn.Module):
@@ -29,6 +30,8 @@ class RBELinear(nn.Module):
 
     in_features: int
     out_features: int
+    # Called in every backward with (x, dLoss/dy) as matrices; see nn/observe.py.
+    observer: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -155,6 +158,10 @@ class RBELinear(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         y = ops.linear(x, self.codes, self._float_params(), self.codec.spec, self.shape)
+        if self.observer is not None and torch.is_grad_enabled():
+            if not y.requires_grad:  # neither x nor the params need a gradient: the codes do
+                y.requires_grad_()
+            y = Observe.apply(y, x, self.observer)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _float_params(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Training in the compressed state: codes stay, tables and scales train."""
+"""Training tables and scales while the codes stay."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import inference
-from .evaluate import logits
-from .nn import RBELinear
-from .packed import round_to_half
+from ..blocks import inference
+from ..evaluate import logits
+from ..nn import RBELinear
+from ..packed import round_to_half
 
 
 @dataclass
