@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..feedback import Hessian, encode_with_feedback, refit_scales
+from ..feedback import OUTPUT_DAMPING, Hessian, encode_with_feedback, refit_scales
 from ..fitting import alternate, gain
 from ..metrics import squared_error
 from ..packed import Packed, round_to_half
@@ -143,6 +143,7 @@ class Codec(ABC):
         self,
         weight: Tensor,
         hessian: Tensor | Hessian | None = None,
+        outputs: Tensor | Hessian | None = None,
         *,
         seed: int = 0,
         label: str = "",
@@ -151,7 +152,9 @@ class Codec(ABC):
         """Compress `weight` (out, in).
 
         `hessian` (in, in) is E[x x^T] of the layer's input: with it, errors are fed back block by
-        block of columns and scales are fitted in its metric. `label` names the layer in warnings.
+        block of columns and scales are fitted in its metric. `outputs` (out, out) is E[g g^T] of
+        the loss's gradients at the layer's output (see curvature.py): with it too, errors are fed
+        back along both sides. `label` names the layer in warnings.
         Shared params in `given` are used as they are.
         """
         weight = check_weight(weight, self.name)
@@ -162,6 +165,9 @@ class Codec(ABC):
             prepared is not None and several and self.tile(shape).cols <= max(16, shape[1] // 2)
         )
         importance = None if prepared is None else prepared.diagonal()
+        curved = None
+        if feedback:
+            curved = Hessian.prepare(outputs, shape[0], label, OUTPUT_DAMPING)
         check_finite(weight, self.name)
         params = self.initial_params(weight, seed, feedback, importance)
         params |= given or {}
@@ -169,13 +175,13 @@ class Codec(ABC):
         if fitted and weight.numel():
             params = alternate(self, weight, params, importance, fitted)
         if feedback:
-            codes, params = encode_with_feedback(self, weight, params, prepared)
+            codes, params = encode_with_feedback(self, weight, params, prepared, curved)
             packed = Packed(self, shape, codes, params)
         else:
             packed = self._plain(weight, importance, params)
         if "out_scale" not in params or not weight.numel():
             return packed
-        packed.params |= refit_scales(packed, weight, prepared)
+        packed.params |= refit_scales(packed, weight, prepared, curved)
         # Codes for the scales that the last codes asked for, as long as that is worth its time.
         for _ in range(PASSES if self.refits and not feedback else 0):
             if gain(self, weight, params, packed.params, importance) < WORTH:
