@@ -1,0 +1,83 @@
+"""A few rows of a compressed layer, decoded without the others."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..codecs import Codec
+from ..codecs.base import hadamard_block
+from ..fitting import evenly
+from ..nn import RBELinear
+from ..packed import Packed
+
+
+class RowSample:
+    """About `rows` evenly spaced rows of a layer, the same whatever its codec becomes: runs on which
+    a rotation over rows closes, an odd number of them so that it has the same size on them alone.
+
+    Where a codec's tiles do not end with the runs, the whole layer is decoded.
+    """
+
+    def __init__(self, layer: RBELinear, rows: int):
+        self.layer, out = layer, layer.shape[0]
+        self.unit = hadamard_block(out)
+        count = max(1, rows // self.unit)
+        starts = evenly(out // self.unit, count - 1 + count % 2) * self.unit
+        self.index = (starts[:, None] + torch.arange(self.unit)).flatten()
+        self._codec: Codec | None = None
+        self._cut = False  # whether that codec's rows can be cut out
+
+    def of(self, weight: Tensor) -> Tensor:
+        """These rows of a dense weight, float32."""
+        return weight[self.index.to(weight.device)].float()
+
+    def decode(self) -> Tensor:
+        """These rows of the layer's weight, an adapter added, float32."""
+        layer, packed = self.layer, self.packed()
+        rows = packed.decode()
+        if packed.shape == layer.shape:
+            rows = self.of(rows)
+        if layer.adapter is not None:
+            a, b = layer.adapter.a.detach().float(), self.of(layer.adapter.b.detach())
+            rows = rows + b @ a * layer.adapter.scale
+        return rows
+
+    def packed(self) -> Packed:
+        """These rows in codes, or all where they cannot be cut out."""
+        whole = self.layer.packed
+        if len(self.index) == whole.shape[0]:
+            return whole
+        if whole.codec != self._codec:
+            self._codec, self._cut = whole.codec, True
+            try:
+                self._cut = torch.equal(self._slice(whole).decode(), self.of(whole.decode()))
+            except (ValueError, RuntimeError):
+                self._cut = False
+        return self._slice(whole) if self._cut else whole
+
+    def _slice(self, whole: Packed) -> Packed:
+        shape = (len(self.index), whole.shape[1])
+        params = {}
+        for spec in whole.codec.params(shape):
+            value = whole.params[spec.name]
+            along = spec.axis in ("out", "both")
+            params[spec.name] = self._take(value, spec.sizes[0]) if along else value
+        codes = self._take(whole.codes, whole.codec.tile(shape).grid(shape)[0])
+        return Packed(whole.codec, shape, codes, params)
+
+    def _take(self, value: Tensor, count: int) -> Tensor:
+        """The `count` entries along the first dimension that belong to these rows."""
+        each = math.ceil(len(self.index) / count)  # rows of an entry
+        if count * each != len(self.index) or self.unit % each:
+            raise ValueError("the codec's tiles do not end with the runs")
+        return value[(self.index[::each] // each).to(value.device)]
+
+
+def stored_bits(codec: Codec, shape: tuple[int, int]) -> int:
+    """Bits of codes and params of such a weight, with params in float16."""
+    tile, params = codec.tile(shape), codec.params(shape)
+    codes = math.prod(tile.grid(shape)) * tile.bytes * 8
+    return codes + sum(math.prod(p.sizes) * (8 if p.codes else 16) for p in params)
