@@ -124,7 +124,7 @@ def merge(layer: RBELinear, hessian: Tensor | None = None, *, seed: int = 0) -> 
         raise ValueError("merge takes one compressed layer that has an adapter")
     before = layer.weight
     target = before + layer.adapter.weight
-    given = {name: getattr(layer, name).detach().float() for name in layer.codec.common}
+    given = {name: getattr(layer, name).detach().cpu().float() for name in layer.codec.common}
     packed = layer.codec.encode(target, hessian, seed=seed, given=given)
     packed = packed.to(layer.codes.device)
     found = Merge(_error(packed.decode(), target, hessian), _error(before, target, hessian))

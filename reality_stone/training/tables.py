@@ -93,7 +93,7 @@ def train(
     clip: float,
     progress: bool,
 ) -> TrainingReport:
-    """The loop of every recipe: Adam on the parameter groups alone, a batch of `steps` at a time."""
+    """The loop of every recipe: Adam on these parameter groups alone, one batch a step."""
     params = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
