@@ -17,9 +17,9 @@ from ..packed import Packed
 class RowSample:
     """About `rows` evenly spaced rows of a layer, the same whatever its codec becomes.
 
-       They are runs on which a rotation over rows closes, an odd number of them, so that the rotation
-       has the same size on them alone.
-    Where a codec's tiles do not end with the runs, the whole layer is decoded.
+    They are runs on which a rotation over rows closes, an odd number of them, so that the rotation
+    has the same size on them alone. Where a codec's tiles do not end with the runs, the whole layer
+    is decoded.
     """
 
     def __init__(self, layer: RBELinear, rows: int):
