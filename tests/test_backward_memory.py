@@ -12,9 +12,9 @@ LIMIT = 64 << 20
 SHAPE = (8192, 4096)  # 134 MB as float32
 WIDE = (1024, 28672)  # the widest layer of the 70 B models: one block of 128 rows is 15 MB
 NAMES = ("trellis", "uniform", "palette", "cyclic", "bitfield")
-MODES = ("auto", "exact", "generic")
-CASES = [(name, mode, SHAPE) for name in NAMES for mode in MODES]
-CASES += [(name, mode, WIDE) for name in ("trellis", "uniform") for mode in ("auto", "exact")]
+CASES = [(name, mode, SHAPE) for name in NAMES for mode in ("auto", "exact")]
+CASES += [(name, "generic", SHAPE) for name in ("trellis", "uniform")]
+CASES += [("trellis", mode, WIDE) for mode in ("auto", "exact")]
 
 # Each case in a process of its own, forked from one that has torch loaded and no thread started:
 # what one leaves in the heap must not hide what the next one takes. The kernel's own count of
@@ -48,9 +48,10 @@ def measure(name, mode, shape):
         peak = resident("VmHWM") - before
     grads = x.grad.nbytes + sum(p.grad.nbytes for p in layer.parameters())
     dense = x.new_ones(shape)
-    return {"peak": peak, "grads": grads, "dense": resident("VmHWM") - before - peak}
+    return {"peak": peak, "grads": grads, "with_dense": resident("VmHWM") - before}
 
 torch.set_num_threads(1)
+RBELinear.from_packed(walk.random_layer(rs.codec("uniform"), (16, 64)))(torch.zeros(1, 64))
 for name, mode, shape in json.loads(sys.argv[1]):
     sys.stdout.flush()
     if os.fork():
@@ -88,5 +89,4 @@ def test_a_forward_and_backward_takes_below_64_mb_beside_the_gradients(measured,
 
 def test_the_measurement_would_see_a_dense_copy(measured):
     for found in measured.values():
-        # Made after the measured call, the copy reuses at most what that call had freed.
-        assert found["dense"] + found["peak"] > 100 << 20
+        assert found["with_dense"] > 100 << 20, found
