@@ -338,9 +338,7 @@ def change(file, edit):
     """The file again with other tensors or another record."""
     header = tensorfile.read_header(file)
     with file.open("rb") as opened:
-        tensors = {
-            n: tensorfile.read_tensor(header, e, opened) for n, e in header.entries.items()
-        }
+        tensors = {n: tensorfile.read_tensor(header, e, opened) for n, e in header.entries.items()}
     record = header.record(lora.METADATA)
     edit(tensors, record)
     tensorfile.write(file, tensors, {lora.METADATA: json.dumps(record)})
@@ -402,9 +400,9 @@ def test_a_checkpoint_refuses_adapters_and_loads_under_them(tmp_path):
     model[0].codes.zero_()
     rs.load(model, tmp_path / "base")
     assert walk.same_bits(model(x).detach(), want)
+    other = rs.codec("uniform(bits=4)").to_config()
+    plan = [e.to_config() | {"codec": other} for e in rs.swap.plan_of(model)]
     with pytest.raises(ValueError, match="layer '0' has an adapter, made beside"):
-        plan = [{**e.to_config(), "codec": rs.codec("uniform(bits=4)").to_config()}
-                for e in rs.swap.plan_of(model)]  # fmt: skip
         rs.replace(model, plan)
     assert walk.relative(rs.dequantize(model)(x), want) <= 2 * AUTO
 
@@ -451,3 +449,32 @@ def test_training_adapters_brings_the_model_closer_and_changes_nothing_else(mode
     assert again.trained == report.trained  # the adapters there are
     with pytest.raises(ValueError, match="no batches"):
         finetune_lora(model, [], teacher)
+
+
+def test_adapters_resumed_from_their_states_give_identical_losses():
+    x = walk.gaussian(64, 32)
+    goal = dense()(x).detach()
+
+    def start():
+        model = add(packed("uniform(bits=2, group=48)"))
+        return model, torch.optim.AdamW(lora.lora_parameters(model), lr=1e-2)
+
+    def steps(model, optimiser, count):
+        losses = []
+        for _ in range(count):
+            loss = (model(x) - goal).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        return losses
+
+    model, optimiser = start()
+    steps(model, optimiser, 5)
+    state = copy.deepcopy((model.state_dict(), optimiser.state_dict()))
+    want = steps(model, optimiser, 5)
+    again, other = start()
+    again.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    assert steps(again, other, 5) == want
+    assert want[-1] < want[0]
