@@ -314,9 +314,9 @@ def _start_at_error(
     a = root[:, None] * v.t()
     if lower is not None:
         a = torch.linalg.solve_triangular(lower, a, upper=False, left=False)
-    with torch.no_grad():
-        adapter.a.copy_(a)
-        adapter.b.copy_(u * root)
+    with torch.no_grad():  # float16 values: no larger in a file than they need to be
+        adapter.a.copy_(a.half())
+        adapter.b.copy_((u * root).half())
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

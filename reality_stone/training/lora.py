@@ -20,7 +20,7 @@ def finetune_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     epochs: int = 1,
     batch: int = 8,
     warmup: float = 0.05,
@@ -30,7 +30,8 @@ def finetune_lora(
     """Train adapters on a compressed language model, in place; all else stays as it is.
 
     A model without adapters gets them (`nn.lora.add_lora` with rank, alpha, dropout and targets);
-    those it has are trained further as they are. batches, teacher and the schedule are those of
+    those it has are trained further as they are (`add_lora` with init="error" starts them nearer
+    the dense model). batches, teacher and the schedule are those of
     `finetune`; `lr` is Adam's own. Afterwards the adapters hold float16 values where that loses
     nothing of note. Raises ValueError when there is nothing to train.
     """
