@@ -11,15 +11,9 @@ from torch import nn
 
 from reality_stone.nn import RBELinear, lora
 from reality_stone.training import Monitor
-from reality_stone.training.monitor import (
-    entropy,
-    next_rate,
-    renew,
-    stored_bits,
-    table_params,
-    used,
-)
-from reality_stone.training.sampling import RowSample
+from reality_stone.training.optimisers import renew, table_params
+from reality_stone.training.rates import next_rate, stored_bits
+from reality_stone.training.sampling import RowSample, entropy, used
 
 FEW = pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
 DEFAULTS = pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
@@ -269,6 +263,10 @@ def test_an_adapter_stays_and_the_codes_are_made_for_what_it_leaves():
         together = model[i].weight + model[i].adapter.weight
         assert walk.relative(together, original[i].weight) <= 0.2
         assert not model[i].scale.requires_grad
+    model[0].recode(walk.encoded(walk.rs.codec("palette"), (128, 64)))
+    assert not model[0].codebook.requires_grad
+    lora.remove_lora(model)
+    assert model[0].codebook.requires_grad
 
 
 # --- optimisers -----------------------------------------------------------------------------------

@@ -81,6 +81,14 @@ def detach(layer: nn.Module) -> None:
     layer.adapter = None
 
 
+def in_half(p: Tensor) -> Tensor:
+    """float16 values, where that moves the tensor by less than float16's own rounding of its
+    larger entries: small ones beside them do not need all their digits."""
+    half = p.half().to(p.dtype)
+    near = (half - p).norm() <= 2.0**-11 * p.norm()
+    return half if bool(near) else p
+
+
 def check_settings(rank: int, alpha: float | None, dropout: float) -> None:
     """ValueError in one sentence on settings that no layer can have."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

@@ -167,7 +167,7 @@ class RBELinear(nn.Module):
         """Take the codes and params of another codec.
 
         A param whose name and sizes both codecs have keeps its Parameter and takes the new values;
-        others are new objects, which an optimiser must be given (`training.monitor.renew`). Params
+        others are new objects, which an optimiser must be given (`training.renew`). Params
         that codecs share between layers become this layer's own. New ones train if old ones did.
         """
         if tuple(packed.shape) != self.shape:
@@ -190,6 +190,8 @@ class RBELinear(nn.Module):
             if isinstance(mine, nn.Parameter) and mine.shape == new.shape and name not in common:
                 with torch.no_grad():
                     setattr(self, name, mine.copy_(new))
+        if self.adapter is not None and set(old) & set(self.adapter.froze):
+            self.adapter.froze += tuple(self._names)  # for the day it is taken off
 
     @property
     def bits_per_weight(self) -> float:

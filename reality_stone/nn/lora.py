@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import tensorfile
-from ..feedback import Hessian
 from ..metrics import hessian_nmse, nmse
 from ..packed import storage_bits
 from .adapter import Adapter, attach, check_settings, detach
 from .linear import RBELinear
+from .low_rank import start_at
 
 METADATA = "reality_stone_adapter"
 VERSION = 1
-OVERSAMPLING, PASSES = 16, 8  # of the subspace that finds the leading part of an error
 
 
 def add_lora(
@@ -72,7 +71,8 @@ def add_lora(
             raise ValueError(f"layer {name!r}: {error}") from None
         if init == "error":
             weight = _dense(weights, name, layer)
-            _start_at_error(made[name], layer, weight, (hessians or {}).get(name), name)
+            error = weight.to(layer.codes.device) - layer.weight
+            start_at(made[name], error, (hessians or {}).get(name), name)
     for name, adapter in made.items():
         attach(layers[name], adapter)
     return list(layers)
@@ -296,35 +296,3 @@ def _dense(weights: nn.Module | Mapping[str, Tensor], name: str, layer: RBELinea
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(f"layer {name!r} needs a dense weight of {layer.shape}, got {shape}")
     return weight.detach().float()
-
-
-def _start_at_error(
-    adapter: Adapter, layer: RBELinear, weight: Tensor, hessian: Tensor | None, label: str
-) -> None:
-    """A and B at the best approximation of W - Q: tr D H D^T = |D L|^2 with H = L L^T, so the
-    leading singular vectors of (W - Q) L are cut out and L is undone."""
-    error = weight.to(layer.codes.device) - layer.weight
-    prepared = Hessian.prepare(hessian, layer.in_features, label)
-    lower = None
-    if prepared is not None:
-        lower = torch.linalg.cholesky(prepared.damped().double()).float().to(error.device)
-        error = error @ lower
-    u, s, v = _leading(error, adapter.rank)
-    root = (s / adapter.scale).sqrt()
-    a = root[:, None] * v.t()
-    if lower is not None:
-        a = torch.linalg.solve_triangular(lower, a, upper=False, left=False)
-    with torch.no_grad():  # float16 values: no larger in a file than they need to be
-        adapter.a.copy_(a.half())
-        adapter.b.copy_((u * root).half())
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` singular triples by subspace iteration; the same every time."""
-    width = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    for _ in range(PASSES):
-        q = torch.linalg.qr(matrix.t() @ torch.linalg.qr(matrix @ q).Q).Q
-    u, s, v = torch.linalg.svd(matrix @ q, full_matrices=False)
-    return u[:, :rank], s[:rank], (q @ v.t())[:, :rank]

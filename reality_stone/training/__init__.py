@@ -2,9 +2,10 @@
 
 from .lora import finetune_lora
 from .monitor import Alert, Monitor, Reading
+from .optimisers import renew
 from .tables import TrainingReport, finetune, table_parameters
 
 __all__ = [
     "Alert", "Monitor", "Reading", "TrainingReport", "finetune", "finetune_lora",
-    "table_parameters",
+    "renew", "table_parameters",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..nn.adapter import in_half
 from ..nn.lora import adapters, add_lora, lora_parameters
 from .tables import TrainingReport, cut, train
 
@@ -43,13 +44,5 @@ def finetune_lora(
     report = train(model, groups, steps, teacher, warmup=warmup, clip=clip, progress=progress)
     with torch.no_grad():
         for p in params:
-            p.copy_(_in_half(p))
+            p.copy_(in_half(p))
     return report
-
-
-def _in_half(p: Tensor) -> Tensor:
-    """float16 values, where that moves the tensor by less than float16's own rounding of its
-    larger entries: small ones beside them do not need all their digits."""
-    half = p.half().to(p.dtype)
-    near = (half - p).norm() <= 2.0**-11 * p.norm()
-    return half if bool(near) else p

@@ -12,20 +12,19 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops, show
+from .. import show
 from ..codecs import Codec
 from ..nn import RBELinear
 from ..packed import Packed
-from .sampling import RowSample, stored_bits
-
-RATES = [half / 2 for half in range(2, 17)]  # asked of codecs that have a setting `bits`
+from .optimisers import renew, table_params
+from .rates import next_rate
+from .sampling import RowSample, entropy, used
 
 
 @dataclass(frozen=True)
@@ -302,83 +301,6 @@ class Monitor:
         elif layer.adapter is not None:
             weight = weight.to(layer.codes.device) - layer.adapter.weight
         return codec.encode(weight, self.hessians.get(name), label=name)
-
-
-def table_params(layer: RBELinear) -> dict[str, nn.Parameter]:
-    """The layer's scales and tables by name."""
-    names = (spec.name for spec in layer.codec.params(layer.shape) if not spec.codes)
-    return {name: getattr(layer, name) for name in names}
-
-
-def renew(
-    optimiser: torch.optim.Optimizer,
-    before: Mapping[str, nn.Parameter],
-    after: Mapping[str, nn.Parameter],
-) -> None:
-    """Put a layer's Parameters `after` a change of codec in place of those `before`, in the same
-    groups; all of them start without state, which belonged to other codes. Names that are new join
-    the group of the layer's first; nothing happens where the optimiser had none of the layer's."""
-    groups = optimiser.param_groups
-    old = {id(p): name for name, p in before.items()}
-    home = next((g for g in groups if any(id(p) in old for p in g["params"])), None)
-    if home is None:
-        return
-    for group in groups:
-        kept = [(p, old.get(id(p))) for p in group["params"]]
-        group["params"] = [
-            p if name is None else after[name] for p, name in kept if name is None or name in after
-        ]
-    home["params"] += [p for name, p in after.items() if name not in before]
-    for p in (*before.values(), *after.values()):
-        optimiser.state.pop(p, None)
-
-
-def next_rate(codec: Codec, shape: tuple[int, int], up: bool) -> Codec | None:
-    """The codec at the nearest size above or below its own, its other settings kept."""
-    now = stored_bits(codec, shape)
-    sizes = {stored_bits(c, shape): c for c in reversed(_rates(codec))}
-    beyond = [size for size in sizes if (size > now if up else size < now)]
-    return sizes[min(beyond) if up else max(beyond)] if beyond else None
-
-
-def _rates(codec: Codec) -> list[Codec]:
-    fields = {f.name: f for f in dataclasses.fields(codec)}
-    inner = next((n for n in fields if isinstance(getattr(codec, n), Codec)), None)
-    if not codec.rates and inner is not None:
-        return [dataclasses.replace(codec, **{inner: c}) for c in _rates(getattr(codec, inner))]
-    found = []
-    turned = {key for settings in codec.rates.values() for key in settings}
-    for bits in sorted(codec.rates) or RATES:
-        with suppress(ValueError):
-            settings = {key: fields[key].default for key in turned} | codec.rates.get(bits, {})
-            if settings or "bits" in fields:
-                found.append(dataclasses.replace(codec, **(settings or {"bits": bits})))
-            else:
-                found.append(codec.at_bits(bits))
-    return found
-
-
-def entropy(codes: Tensor) -> float:
-    """Bits of information in a byte of `codes` (uint8): 8 where every byte is equally frequent."""
-    count = torch.bincount(codes.flatten().int(), minlength=256).double()
-    share = count[count > 0] / max(1, codes.numel())
-    return -(share * share.log2()).sum().item() + 0.0
-
-
-def used(packed: Packed) -> dict[str, float]:
-    """{shared table: share of its entries that some weight depends on}; no single numbers."""
-    specs = packed.codec.params(packed.shape)
-    tables = [p.name for p in specs if p.axis == "shared" and not p.codes and p.sizes != (1,)]
-    if not tables or not packed.codes.numel():
-        return {}
-    # An entry that no weight uses has a gradient of zero, whatever the gradient of the weights.
-    generator = torch.Generator().manual_seed(0)
-    grad = torch.rand(packed.shape, generator=generator).to(packed.codes.device) + 0.5
-    found = ops.decode_grad_params(
-        grad, packed.codes, list(packed.params.values()), packed.codec.spec, packed.shape
-    )
-    grads = dict(zip(packed.params, found, strict=True))
-    return {name: (grads[name] != 0).double().mean().item() for name in tables}
 
 
 def _reference(

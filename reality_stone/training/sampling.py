@@ -1,4 +1,4 @@
-"""A few rows of a compressed layer, decoded without the others."""
+"""A few rows of a compressed layer, decoded without the others; what their codes make use of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..codecs import Codec
 from ..codecs.base import hadamard_block
 from ..fitting import evenly
@@ -77,8 +78,24 @@ class RowSample:
         return value[(self.index[::each] // each).to(value.device)]
 
 
-def stored_bits(codec: Codec, shape: tuple[int, int]) -> int:
-    """Bits of codes and params of such a weight, with params in float16."""
-    tile, params = codec.tile(shape), codec.params(shape)
-    codes = math.prod(tile.grid(shape)) * tile.bytes * 8
-    return codes + sum(math.prod(p.sizes) * (8 if p.codes else 16) for p in params)
+def entropy(codes: Tensor) -> float:
+    """Bits of information in a byte of `codes` (uint8): 8 where every byte is equally frequent."""
+    count = torch.bincount(codes.flatten().int(), minlength=256).double()
+    share = count[count > 0] / max(1, codes.numel())
+    return -(share * share.log2()).sum().item() + 0.0
+
+
+def used(packed: Packed) -> dict[str, float]:
+    """{shared table: share of its entries that some weight depends on}; no single numbers."""
+    specs = packed.codec.params(packed.shape)
+    tables = [p.name for p in specs if p.axis == "shared" and not p.codes and p.sizes != (1,)]
+    if not tables or not packed.codes.numel():
+        return {}
+    # An entry that no weight uses has a gradient of zero, whatever the gradient of the weights.
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.rand(packed.shape, generator=generator).to(packed.codes.device) + 0.5
+    found = ops.decode_grad_params(
+        grad, packed.codes, list(packed.params.values()), packed.codec.spec, packed.shape
+    )
+    grads = dict(zip(packed.params, found, strict=True))
+    return {name: (grads[name] != 0).double().mean().item() for name in tables}
