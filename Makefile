@@ -25,6 +25,7 @@ examples: $(BUILT)
 	$(PY) examples/swap_linear.py --steps 200
 	$(PY) examples/compress_model.py --windows 8
 	$(PY) examples/finetune_2bit.py --calibration 8 --training 16 --judging 4096
+	$(PY) examples/lora_on_codes.py --calibration 8 --training 16 --judging 4096
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)

@@ -125,6 +125,11 @@ def _tensors(
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
     packed: dict[str, Tensor] = {}
     for entry in plan:
+        if model.get_submodule(entry.name).adapter is not None:
+            raise ValueError(
+                f"layer {entry.name!r} has an adapter, which is no part of a checkpoint: write it "
+                "with nn.lora.save_adapter, then take it off with remove_lora or merge"
+            )
         layer = model.get_submodule(entry.name).packed
         if layer.codes.is_meta:
             raise ValueError(f"layer {entry.name!r} holds no data (meta device)")

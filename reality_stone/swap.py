@@ -83,6 +83,11 @@ def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> 
         old = find_layer(model, entry)
         if isinstance(old, RBELinear) and old.codec == entry.codec:
             continue
+        if isinstance(old, RBELinear) and old.adapter is not None:
+            raise ValueError(
+                f"layer {entry.name!r} has an adapter, made beside {old.codec.spec}: take it off "
+                "with nn.lora.remove_lora before the layer becomes another"
+            )
         if old is model:
             raise ValueError("the model is itself the layer to swap: put it into a module first")
         kind = None if old.bias is None else old.bias.dtype

@@ -362,8 +362,8 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
   row.adjoint(layer, r, r + rows, dw, grads.pointers.data());
 }
 
-// Gradients of all params given dLoss/dW, of which `fill(r, real, dw)` writes rows [r, r + real)
-// into a zeroed (rows, padded in).
+// Gradients of all params given dLoss/dW, of which `fill(r, dw)` writes rows r and on into
+// dw (rows, in).
 template <class Fill>
 Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
   Tensors all;
@@ -381,10 +381,14 @@ Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
     // A block is at least this many rows, so that shared gradients stay few.
     const int64_t block = round_up(std::min<int64_t>(128, layer.out), unit);
     const int64_t step = std::max<int64_t>(1, (int64_t{1} << 22) / (block * layer.in)) * block;
+    // One buffer for all steps: fresh ones of this size stay in the heap and pile up.
+    const at::Tensor buffer = at::zeros({std::min(step, layer.out), layer.in});
     for (int64_t r0 = 0; r0 < layer.out; r0 += step) {
-      const int64_t rows = std::min(step, layer.out - r0);
-      at::Tensor dw = at::zeros({rows, layer.in});
-      fill(r0, std::min(rows, bound.shape.out - r0), dw);
+      const int64_t rows = std::min(step, layer.out - r0),
+                    real = std::min(rows, bound.shape.out - r0);
+      at::Tensor dw = buffer.narrow(0, 0, rows);
+      if (real < rows || bound.shape.in < layer.in) dw.zero_();
+      fill(r0, dw.narrow(0, 0, real).narrow(1, 0, bound.shape.in));
       const int64_t blocks = (rows + block - 1) / block;
       std::vector<BlockGrads> partial;
       for (int64_t b = 0; b < blocks; ++b) partial.emplace_back(row, grads);
@@ -415,10 +419,16 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
                     grad.sizes());
   const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
   const at::Tensor x_rows = flat(x, in).to(type), g_rows = flat(grad, out).to(type);
-  return grad_params(bound, params, [&](int64_t r, int64_t real, at::Tensor& dw) {
-    dw.narrow(0, 0, real)
-        .narrow(1, 0, x_rows.size(1))
-        .copy_(at::mm(g_rows.narrow(1, r, real).t(), x_rows));
+  at::Tensor product;
+  return grad_params(bound, params, [&](int64_t r, at::Tensor dw) {
+    const at::Tensor g = g_rows.narrow(1, r, dw.size(0)).t();
+    if (dw.scalar_type() == type && dw.is_contiguous()) {
+      at::mm_out(dw, g, x_rows);
+      return;
+    }
+    if (!product.defined() || product.size(0) < dw.size(0)) product = at::empty(dw.sizes(), type);
+    at::Tensor narrow = product.narrow(0, 0, dw.size(0));
+    dw.copy_(at::mm_out(narrow, g, x_rows));
   });
 }
 
@@ -429,9 +439,8 @@ Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::
                    grad.scalar_type());
   TORCH_CHECK_VALUE(grad.sizes() == sizes, codec, ": grad must have shape ", sizes, ", got ",
                     grad.sizes());
-  return grad_params(bound, params, [&](int64_t r, int64_t real, at::Tensor& dw) {
-    dw.narrow(0, 0, real).narrow(1, 0, grad.size(1)).copy_(grad.narrow(0, r, real));
-  });
+  return grad_params(bound, params,
+                     [&](int64_t r, at::Tensor dw) { dw.copy_(grad.narrow(0, r, dw.size(0))); });
 }
 
 namespace {

@@ -1,5 +1,6 @@
 """Layers whose weights are codes."""
 
+from . import lora
 from .linear import RBELinear
 
-__all__ = ["RBELinear"]
+__all__ = ["RBELinear", "lora"]

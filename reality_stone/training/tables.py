@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ..blocks import inference
 from ..evaluate import logits
 from ..nn import RBELinear
+from ..nn.adapter import Adapter
 from ..packed import round_to_half
 
 
@@ -69,13 +71,30 @@ def finetune(
     params = table_parameters(model)
     if not params:
         raise ValueError("the model has no compressed layers to train; call compress first")
-    steps = list(batches.split(batch) if isinstance(batches, Tensor) else batches) * epochs
-    if not steps:
-        raise ValueError("there are no batches to train on")
+    steps = cut(batches, batch, epochs)
     groups = [
         {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
         for p in params
     ]
+    report = train(model, groups, steps, teacher, warmup=warmup, clip=clip, progress=progress)
+    with torch.no_grad():
+        for p in params:
+            p.copy_(round_to_half(p))
+    return report
+
+
+def train(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    steps: Sequence[Tensor],
+    teacher: nn.Module | None = None,
+    *,
+    warmup: float,
+    clip: float,
+    progress: bool,
+) -> TrainingReport:
+    """The loop of every recipe: Adam on these parameter groups alone, one batch a step."""
+    params = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: _cosine(i, len(steps), warmup)
@@ -94,18 +113,23 @@ def finetune(
             if not (math.isfinite(loss.item()) and bool(norm.isfinite())):
                 report.skipped += 1
                 if report.skipped == 1:
-                    warnings.warn("a training step was not finite and is skipped", stacklevel=2)
+                    warnings.warn("a training step was not finite and is skipped", stacklevel=3)
                 continue
             optimiser.step()
             schedule.step()
             report.losses.append(loss.item())
             report.tokens += tokens[:, 1:].numel()
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-    with torch.no_grad():
-        for p in params:
-            p.copy_(round_to_half(p))
     report.seconds = time.perf_counter() - start
     return report
+
+
+def cut(batches: Tensor | Iterable[Tensor], batch: int, epochs: int) -> list[Tensor]:
+    """The batches of all steps. ValueError where there are none."""
+    steps = list(batches.split(batch) if isinstance(batches, Tensor) else batches) * epochs
+    if not steps:
+        raise ValueError("there are no batches to train on")
+    return steps
 
 
 def _loss(model: nn.Module, teacher: nn.Module | None, tokens: Tensor) -> Tensor:
@@ -126,15 +150,21 @@ def _cosine(step: int, steps: int, warmup: float) -> float:
 
 @contextmanager
 def _only(model: nn.Module, params: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these params alone, in eval mode (no dropout against a teacher)."""
+    """Gradients for these params alone, in eval mode (no dropout against a teacher) but for
+    adapters, whose dropout is their own."""
     wanted = {id(p) for p in params}
+    own = {m: m.training for m in model.modules() if isinstance(m, Adapter)}
     before = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in before:
         p.requires_grad_(id(p) in wanted)
     try:
         with inference(model):
+            for adapter in own:
+                adapter.train()
             yield
     finally:
+        for adapter, flag in own.items():
+            adapter.train(flag)
         for p, flag in before:
             p.requires_grad_(flag)
             p.grad = None
