@@ -17,6 +17,7 @@ from torch import Tensor
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .bitfield_fit import fit_basis, fit_range
+from .fields import Field
 from .radial import CATEGORIES, FUNCTIONS, LARGEST_RADIUS, LEAST_RADIUS, radial_table
 from .trig import turn_cosine
 
@@ -91,6 +92,34 @@ class Bitfield(Codec):
         width = {"byte": 0, "uint16": 2, "float32": 4}[self.amplitude]
         size = 11 + 4 * width if self.word == 22 else 4
         return Tile(1, self.codes_per_tile * self.block, size)
+
+    def fields(self, shape):
+        if self.word == 22:
+            code = {"cols": self.block, "stride": 22, "count": 4}
+            found = [
+                Field("amplitude", "level", 8, **code),
+                Field("index", "index", 8, offset=10, **code),
+            ]
+            if self.amplitude == "uint16":  # in steps of a 256th of one of the amplitude's
+                beside = code | {"stride": 16}
+                found.append(Field("fraction", "level", 8, offset=96, **beside))
+            names = {"diff": (8, 2), "sub": (18, 2), "cat": (20, 2)}
+        else:
+            code = {"cols": self.block}
+            found = [
+                Field("amplitude", "level", 10, **code),
+                Field("amplitude_coarse", "level", 8, offset=2, **code),
+                Field("sign", "sign", 1, offset=11, **code),
+                Field("index", "index", 8, offset=12, **code),
+                Field("phase", "cyclic", 8, offset=24, **code),
+            ]
+            names = {"diff": (10, 1), "sub": (20, 2), "cat": (22, 2)}
+        # Parts of a function's number, where every neighbour of an allowed function is one.
+        allowed = set(parse_functions(self.functions, self.word))
+        for (name, (offset, width)), first in zip(names.items(), (0, 2, 4), strict=True):
+            if all(f ^ 1 << first + k in allowed for f in allowed for k in range(width)):
+                found.append(Field(name, "index", width, offset=offset, **code))
+        return tuple(found)
 
     def params(self, shape):
         basis = Param("basis", (BASIS, self.block), "shared")

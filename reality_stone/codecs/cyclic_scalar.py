@@ -15,6 +15,7 @@ from torch import Tensor
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, whole_number
 from .cyclic_tables import cyclic_scalar
+from .fields import Field
 from .trig import turn_cosine
 
 
@@ -36,6 +37,21 @@ class CyclicScalar(Codec):
 
     def tile(self, shape):
         return Tile(1, self.group, self.group * self.bits // 8)
+
+    def fields(self, shape):
+        code = {"cols": 1, "stride": self.bits, "count": self.group}
+        if self.bits == 8:
+            return (
+                Field("phase", "cyclic", 4, **code),
+                Field("diff", "cyclic", 2, offset=4, **code),
+                Field("family", "index", 2, offset=6, **code),
+            )
+        return (
+            Field("phase", "cyclic", 8, **code),
+            Field("phase_coarse", "cyclic", 4, offset=4, **code),
+            Field("diff", "cyclic", 2, offset=8, **code),
+            Field("amplitude", "level", 6, offset=10, **code),
+        )
 
     def params(self, shape):
         return (Param("scale", self.tile(shape).grid(shape), "both"),)

@@ -49,6 +49,9 @@ class Residual(Codec):
     def tile(self, shape):
         return self.base.tile(shape)
 
+    def fields(self, shape):
+        return self.base.fields(shape)
+
     def params(self, shape):
         return (*self.base.params(shape), *rest_params(self.rest, shape))
 
