@@ -20,6 +20,7 @@ from ..fitting import alternate, gain
 from ..metrics import squared_error
 from ..packed import Packed, round_to_half
 from .fields import Field
+from .slopes import Slopes
 
 PASSES = 4  # more encodes of the whole weight, at most
 WORTH = 2e-3  # the share of the error that another must promise to save
@@ -92,6 +93,12 @@ class Codec(ABC):
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
         """What can change alone in the codes of T; () where a code is not made of such numbers."""
         return ()
+
+    def slopes(
+        self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]
+    ) -> Slopes | None:
+        """Derivatives of T by the fields of its codes, or None. For frames without rotation."""
+        return None
 
     @property
     def plain(self) -> bool:

@@ -18,7 +18,16 @@ from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .bitfield_fit import fit_basis, fit_range
 from .fields import Field
-from .radial import CATEGORIES, FUNCTIONS, LARGEST_RADIUS, LEAST_RADIUS, radial_table
+from .radial import (
+    CATEGORIES,
+    FUNCTIONS,
+    LARGEST_RADIUS,
+    LEAST_RADIUS,
+    held_r_max,
+    radial_slopes,
+    radial_table,
+)
+from .slopes import Slopes
 from .trig import turn_cosine
 
 BASIS = 256
@@ -169,6 +178,24 @@ class Bitfield(Codec):
         factor = self._factor(codes, code, params["r_max"], basis.dtype)
         return (factor[..., None] * basis[idx]).flatten(1)
 
+    def slopes(self, codes, params, shape):
+        basis, code = params["basis"], self.unpack(codes)
+        entry, r_max = self._entry(code), held_r_max(params["r_max"][0].item())
+        slope, step = (
+            torch.from_numpy(t).to(basis)[entry] for t in radial_slopes(self.word, r_max)
+        )
+        by = {"radius": slope, "amplitude": slope * step}
+        if self.amplitude != "byte":  # a line between two entries
+            here, following = self._between_entries(entry, params["r_max"], basis.dtype)
+            by = {"radius": (following - here) / step, "amplitude": following - here}
+        factor = self._factor(codes, code, params["r_max"], basis.dtype)
+        if self.word == 32:
+            phase, value = code >> 24, self._values(params["r_max"], basis.dtype)[entry]
+            by = {name: s * self._cosine(phase, basis) for name, s in by.items()}
+            by["phase"] = value * self._cosine(phase + 64, basis)
+        idx = (code >> (10 if self.word == 22 else 12)) & 255
+        return Slopes(factor, by, basis, idx, bits=8)
+
     def unpack(self, codes: Tensor) -> Tensor:
         """(rows, tiles, bytes) uint8 -> (rows, codes) int64 words."""
         byte = codes.long()
@@ -182,19 +209,30 @@ class Bitfield(Codec):
         return torch.stack(words, -1).flatten(1)
 
     def _factor(self, codes: Tensor, code: Tensor, r_max: Tensor, dtype: torch.dtype) -> Tensor:
+        entry = self._entry(code)
+        if self.amplitude != "byte":
+            here, following = self._between_entries(entry, r_max, dtype)
+            return here + self._fraction(codes).to(dtype) * (following - here)
+        value = self._values(r_max, dtype)[entry]
+        return value * self._cosine(code >> 24, value) if self.word == 32 else value
+
+    def _entry(self, code: Tensor) -> Tensor:
+        high, low = (0x3C00, 0x3FF) if self.word == 22 else (0xF000, 0xFFF)
+        return (code >> 8 & high) | (code & low)
+
+    def _values(self, r_max: Tensor, dtype: torch.dtype) -> Tensor:
         held = torch.where(r_max[0] > LEAST_RADIUS, r_max[0], LEAST_RADIUS)
         held = torch.where(held < LARGEST_RADIUS, held, LARGEST_RADIUS)
-        table = _Table.apply(held, self.word, dtype)
-        high, low = (0x3C00, 0x3FF) if self.word == 22 else (0xF000, 0xFFF)
-        entry = (code >> 8 & high) | (code & low)
-        if self.word == 32:
-            cosine = turn_cosine(torch.arange(256), 256).float().to(dtype)
-            return table[entry] * cosine[code >> 24]
-        if self.amplitude == "byte":
-            return table[entry]
-        t = self._fraction(codes).to(dtype)
-        here, following = table[entry], table[entry + ((entry & 255) < 255)]
-        return here + t * (following - here)
+        return _Table.apply(held, self.word, dtype)
+
+    def _between_entries(self, entry: Tensor, r_max: Tensor, dtype: torch.dtype):
+        """Values of entries and of those one amplitude on, the last one's own."""
+        table = self._values(r_max, dtype)
+        return table[entry], table[entry + ((entry & 255) < 255)]
+
+    def _cosine(self, phase: Tensor, like: Tensor) -> Tensor:
+        table = turn_cosine(torch.arange(256), 256).float()
+        return table.to(like)[phase & 255]
 
     def _fraction(self, codes: Tensor) -> Tensor:
         beside = codes[..., 11:].clone(memory_format=torch.contiguous_format)  # at an aligned place

@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..fitting import axes, evenly
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale, whole_number
 from .cyclic_tables import cyclic
 from .fields import Field
+from .slopes import Slopes
 
 SAMPLE = 1 << 13  # blocks the first basis is fitted on
 SAMPLE_WEIGHTS = 1 << 21
@@ -149,6 +151,20 @@ class Cyclic(Codec):
         basis = params["basis"]
         factor = level.to(basis.dtype) * 2.0**-self.shift
         return (factor[..., None] * basis[index]).flatten(1)
+
+    def slopes(self, codes, params, shape):
+        word, basis = self._words(codes), params["basis"]
+        index, (offset, width) = self._fields(codes)[1], self._bits["amplitude"]
+        amps = word >> offset & (1 << width) - 1
+        layout = f"cyclic_{'compound' if self.compound else self.word}"
+
+        def factor(word: Tensor, order: int) -> Tensor:
+            level = ops.bit_derivative(word.to(torch.int32), order, layout)
+            return level.to(basis.dtype) * 2.0**-self.shift
+
+        one = word ^ (amps ^ 1) << offset  # the same code with amplitude 1
+        by = {"phase": factor(word, 1), "amplitude": factor(one, 0)}
+        return Slopes(factor(word, 0), by, basis, index, bits=self._bits["index"][1])
 
     def encode_reference(self, target, importance, params):
         basis, block = params["basis"].double(), params["basis"].shape[1]

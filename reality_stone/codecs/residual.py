@@ -52,6 +52,9 @@ class Residual(Codec):
     def fields(self, shape):
         return self.base.fields(shape)
 
+    def slopes(self, codes, params, shape):
+        return self.base.slopes(codes, split(params)[0], shape)
+
     def params(self, shape):
         return (*self.base.params(shape), *rest_params(self.rest, shape))
 
