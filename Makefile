@@ -15,7 +15,14 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo examples test bench lint sanitize build clean distclean check-tools
+# Three targets: A100, H100 with its own instructions, and code for what comes after it.
+NVCC ?= nvcc
+NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
+  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+  -gencode arch=compute_90,code=compute_90
+CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
+
+.PHONY: demo examples test bench lint sanitize cuda check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -38,6 +45,19 @@ lint: $(INSTALLED)
 
 sanitize: $(BUILT)
 	PYTHON="$(CURDIR)/$(PY)" bash tests/sanitize.sh
+
+# Compiles every kernel, which takes no GPU. The library takes them in where torch has CUDA.
+cuda: $(CUDA_OBJECTS)
+
+build/cuda/%.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*.cuh) \
+    | check-nvcc
+	@mkdir -p $(@D)
+	@$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+	@echo "compiled $<"
+
+check-nvcc:
+	@command -v $(NVCC) > /dev/null || { \
+	  echo "make cuda needs nvcc, the compiler of the CUDA toolkit, and there is no $(NVCC)"; exit 1; }
 
 build: $(BUILT)
 

@@ -104,4 +104,15 @@ void check_activation(const char* name, const at::Tensor& x, int64_t features,
                     features, " features, got shape ", x.sizes());
 }
 
+const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
+                                      c10::string_view layout) {
+  const BitLayout* found = bit_layout({layout.data(), layout.size()});
+  TORCH_CHECK_VALUE(found, "bit_derivative: layout must be one of ", bit_layout_names(), ", got '",
+                    layout, "'");
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kInt, "bit_derivative: codes must be int32, got ",
+                   codes.scalar_type());
+  TORCH_CHECK_VALUE(order >= 0, "bit_derivative: order must be 0 or more, got ", order);
+  return *found;
+}
+
 }  // namespace rs

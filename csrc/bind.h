@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "derivative.h"
 
 namespace rs {
 
@@ -27,5 +28,8 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
 // x must be float32, float16 or bfloat16 with `features` as its last size.
 void check_activation(const char* name, const at::Tensor& x, int64_t features,
                       c10::string_view codec);
+// Of bit_derivative: the layout's row, for codes that are int32 and an order that is not negative.
+const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
+                                      c10::string_view layout);
 
 }  // namespace rs

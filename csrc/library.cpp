@@ -24,6 +24,7 @@ TORCH_LIBRARY(reality_stone, m) {
   m.def(
       "trellis_encode(Tensor targets, Tensor radius, Tensor angle, float bits, str search) -> "
       "Tensor");
+  m.def("bit_derivative(Tensor codes, int order, str layout) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
@@ -36,4 +37,5 @@ TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
   m.impl("check_codes", rs::check_codes);
   m.impl("hadamard", rs::hadamard);
   m.impl("trellis_encode", rs::trellis_encode);
+  m.impl("bit_derivative", rs::bit_derivative);
 }

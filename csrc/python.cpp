@@ -99,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
     py::dict tables;
     tables["cyclic"] = numbers(rs::kCyclic);
     tables["cyclic16"] = numbers(rs::kCyclic16.at);
+    tables["cyclic256"] = numbers(rs::kCyclic256.at);
     tables["cyclic_scalar"] = numbers(rs::kCyclicScalar);
     return tables;
   });

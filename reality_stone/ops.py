@@ -38,6 +38,7 @@ SCHEMAS = {
     "hadamard": "(Tensor x, int block) -> Tensor",
     "trellis_encode": "(Tensor targets, Tensor radius, Tensor angle, float bits, str search)"
     " -> Tensor",
+    "bit_derivative": "(Tensor codes, int order, str layout) -> Tensor",
 }
 
 _library = torch.library.Library("reality_stone", "FRAGMENT")
@@ -53,12 +54,11 @@ def compiled() -> bool:
 
 
 def register_reference(kernels: dict[str, Callable]) -> None:
-    """Give devices without compiled kernels the plain-torch ones."""
-    keys = ["CUDA"] if compiled() else ["CPU", "CUDA"]
+    """Give the plain-torch kernels to every op on every device that has no compiled one."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name, kernel in kernels.items():
-        for key in keys:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        for key in ("CPU", "CUDA"):
+            if not has_kernel(f"reality_stone::{name}", key):
                 _library.impl(name, kernel, key)
     if not compiled():
         warnings.warn(
@@ -137,6 +137,11 @@ def trellis_encode(
     return _ops.trellis_encode(targets, radius, angle, float(bits), search)
 
 
+def bit_derivative(codes: Tensor, order: int, layout: str) -> Tensor:
+    """int16 derivatives of int32 codes of any shape; layouts in csrc/derivative.h."""
+    return _ops.bit_derivative(codes, order, layout)
+
+
 # --- shape rules ----------------------------------------------------------------------------------
 
 
@@ -187,6 +192,11 @@ def _(x, block):
 @torch.library.register_fake("reality_stone::trellis_encode", lib=_library)
 def _(targets, radius, angle, bits, search):
     return targets.new_empty((targets.shape[0], int(32 * bits)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("reality_stone::bit_derivative", lib=_library)
+def _(codes, order, layout):
+    return codes.new_empty(codes.shape, dtype=torch.int16)
 
 
 @torch.library.register_fake("reality_stone::encode", lib=_library)

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import codecs, ops
 from .codecs.base import check_finite, hadamard
 from .codecs.trellis import Trellis
+from .derivative.engine import bit_derivative_reference
 from .feedback import to_inner
 
 
@@ -121,5 +122,6 @@ KERNELS = {
     "check_codes": check_codes,
     "hadamard": lambda x, block: hadamard(x, block).clone(),
     "trellis_encode": trellis_encode,
+    "bit_derivative": bit_derivative_reference,
 }
 ops.register_reference(KERNELS)

@@ -25,7 +25,9 @@ ON_ISAS = pytest.mark.parametrize("isa", walk.isas())
 # --- tables ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "top", "n"), [("cyclic", 127, 16), ("cyclic16", 32767, 64)])
+@pytest.mark.parametrize(
+    ("name", "top", "n"), [("cyclic", 127, 16), ("cyclic16", 32767, 64), ("cyclic256", 32767, 256)]
+)
 def test_a_row_of_the_table_is_the_derivative_of_the_row_before(name, top, n):
     table = getattr(cyclic_tables, name)()
     for d, p in itertools.product(range(4), range(n)):

@@ -456,6 +456,13 @@ def test_hadamard_and_the_tile_search_pass_opcheck():
     opcheck(_ops.trellis_encode, (walk.gaussian(2, 256), radius, angle, 2.0, "exact"))
 
 
+@pytest.mark.parametrize("layout", ["documents", "cyclic_scalar_16"])
+def test_bit_derivative_passes_opcheck(layout):
+    codes = torch.arange(-6, 6, dtype=torch.int32).view(3, 4)
+    opcheck(_ops.bit_derivative, (codes, 3, layout))
+    opcheck(_ops.bit_derivative, (codes.t(), 0, layout))
+
+
 # --- hadamard -------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,25 @@ struct Cyclic16 {
 };
 inline constexpr Cyclic16 kCyclic16;
 
+// round(32767 cos(2 pi k / 256 + d pi / 2)): every fourth column is one of kCyclic16.
+struct Cyclic256 {
+  int16_t at[4][256]{};
+  constexpr Cyclic256() {
+    constexpr int16_t quarter[65] = {
+        32767, 32757, 32728, 32678, 32609, 32521, 32412, 32285, 32137, 31971, 31785, 31580, 31356,
+        31113, 30852, 30571, 30273, 29956, 29621, 29268, 28898, 28510, 28105, 27683, 27245, 26790,
+        26319, 25832, 25329, 24811, 24279, 23731, 23170, 22594, 22005, 21403, 20787, 20159, 19519,
+        18868, 18204, 17530, 16846, 16151, 15446, 14732, 14010, 13279, 12539, 11793, 11039, 10278,
+        9512,  8739,  7962,  7179,  6393,  5602,  4808,  4011,  3212,  2410,  1608,  804,   0};
+    for (int d = 0; d < 4; ++d)
+      for (int p = 0; p < 256; ++p) {
+        const int turn = (p + 64 * d) % 256, half = turn <= 128 ? turn : 256 - turn;
+        at[d][p] = static_cast<int16_t>(half <= 64 ? quarter[half] : -quarter[128 - half]);
+      }
+  }
+};
+inline constexpr Cyclic256 kCyclic256;
+
 // The 8-bit scalar codes: kCyclicScalar[family][diff][phase], with x = (phase - 7.5) / 7.5
 //   family 0  kCyclic
 //          1  sinh(x) / sinh(1), its derivative cosh(x) / cosh(1), and again

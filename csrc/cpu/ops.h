@@ -27,6 +27,7 @@ Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::
 at::Tensor hadamard(const at::Tensor& x, int64_t block);
 at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
                           const at::Tensor& angle, double bits, c10::string_view search);
+at::Tensor bit_derivative(const at::Tensor& codes, int64_t order, c10::string_view layout);
 void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
                  at::IntArrayRef shape);
 

@@ -5,6 +5,7 @@ Layout in csrc/codecs/adaptive_precision.h.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..packed import round_to_half
 from .base import Codec, Param, Tile
+from .fields import Field
 from .uniform import pack_bits, unpack_bits
 
 GROUP = 16
@@ -75,6 +77,31 @@ class AdaptivePrecision(Codec):
         codes = sum(2 * bits * count for bits, count in zip(BITS, self.counts(), strict=True))
         return Tile(1, self.window, -(-self.window // GROUP // 4) + codes)
 
+    def fields(self, shape):
+        where = [functools.partial(self._code_bits, kind) for kind in range(len(BITS))]
+        return tuple(
+            Field(f"level{bits}", "level", bits, 1, count=self.window, where=where[kind])
+            for kind, bits in enumerate(BITS)
+            if self.counts()[kind]
+        )
+
+    def _code_bits(self, kind: int, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """First bits of all weights' codes, and which weights are of the class `kind`."""
+        kinds, start, inside = self._groups(codes)
+        exists = inside & (kinds == kind)
+        j = BITS[kind] * torch.arange(GROUP, device=codes.device)
+        bit = torch.where(exists, 8 * start, 0)[..., None] + j
+        return bit.flatten(2), exists[..., None].expand(bit.shape).flatten(2)
+
+    def _groups(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Class and first byte of the groups of tiles (..., bytes), and which lie inside them."""
+        n = self.window // GROUP
+        head = -(-n // 4)
+        kinds = unpack_bits(codes[..., :head], 2, n).clamp_max(2)
+        sizes = 2 * torch.tensor(BITS, device=codes.device)[kinds]
+        start = head + sizes.cumsum(-1) - sizes
+        return kinds, start, start + sizes <= codes.shape[-1]
+
     def params(self, shape):
         return (Param("scale", (*self.tile(shape).grid(shape), 3), "both"),)
 
@@ -83,11 +110,7 @@ class AdaptivePrecision(Codec):
 
     def decode_tiles(self, codes, params, shape):
         n, tiles = self.window // GROUP, codes.flatten(0, 1)
-        head = -(-n // 4)
-        kinds = unpack_bits(tiles[:, :head], 2, n).clamp_max(2)
-        sizes = 2 * torch.tensor(BITS, device=codes.device)[kinds]
-        start = head + sizes.cumsum(-1) - sizes
-        inside = start + sizes <= codes.shape[-1]
+        kinds, start, inside = self._groups(tiles)
         at = start[..., None] + torch.arange(2 * BITS[2], device=codes.device)
         group = tiles[:, None].expand(-1, n, -1).gather(-1, at.clamp_max(codes.shape[-1] - 1))
         scale = params["scale"].flatten(0, 1)

@@ -19,6 +19,8 @@ from ..feedback import OUTPUT_DAMPING, Hessian, encode_with_feedback, refit_scal
 from ..fitting import alternate, gain
 from ..metrics import squared_error
 from ..packed import Packed, round_to_half
+from .fields import Field
+from .slopes import Slopes
 
 PASSES = 4  # more encodes of the whole weight, at most
 WORTH = 2e-3  # the share of the error that another must promise to save
@@ -87,6 +89,16 @@ class Codec(ABC):
         self, target: Tensor, importance: Tensor | None, params: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Plain-torch encoder of the padded inner matrix; what the C++ encoder is judged by."""
+
+    def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
+        """What can change alone in the codes of T; () where a code is not made of such numbers."""
+        return ()
+
+    def slopes(
+        self, codes: Tensor, params: dict[str, Tensor], shape: tuple[int, int]
+    ) -> Slopes | None:
+        """Derivatives of T by the fields of its codes, or None. For frames without rotation."""
+        return None
 
     @property
     def plain(self) -> bool:

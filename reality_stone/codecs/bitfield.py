@@ -17,7 +17,17 @@ from torch import Tensor
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .bitfield_fit import fit_basis, fit_range
-from .radial import CATEGORIES, FUNCTIONS, LARGEST_RADIUS, LEAST_RADIUS, radial_table
+from .fields import Field
+from .radial import (
+    CATEGORIES,
+    FUNCTIONS,
+    LARGEST_RADIUS,
+    LEAST_RADIUS,
+    held_r_max,
+    radial_slopes,
+    radial_table,
+)
+from .slopes import Slopes
 from .trig import turn_cosine
 
 BASIS = 256
@@ -92,6 +102,34 @@ class Bitfield(Codec):
         size = 11 + 4 * width if self.word == 22 else 4
         return Tile(1, self.codes_per_tile * self.block, size)
 
+    def fields(self, shape):
+        if self.word == 22:
+            code = {"cols": self.block, "stride": 22, "count": 4}
+            found = [
+                Field("amplitude", "level", 8, **code),
+                Field("index", "index", 8, offset=10, **code),
+            ]
+            if self.amplitude == "uint16":  # in steps of a 256th of one of the amplitude's
+                beside = code | {"stride": 16}
+                found.append(Field("fraction", "level", 8, offset=96, **beside))
+            names = {"diff": (8, 2), "sub": (18, 2), "cat": (20, 2)}
+        else:
+            code = {"cols": self.block}
+            found = [
+                Field("amplitude", "level", 10, **code),
+                Field("amplitude_coarse", "level", 8, offset=2, **code),
+                Field("sign", "sign", 1, offset=11, **code),
+                Field("index", "index", 8, offset=12, **code),
+                Field("phase", "cyclic", 8, offset=24, **code),
+            ]
+            names = {"diff": (10, 1), "sub": (20, 2), "cat": (22, 2)}
+        # Parts of a function's number, where every neighbour of an allowed function is one.
+        allowed = set(parse_functions(self.functions, self.word))
+        for (name, (offset, width)), first in zip(names.items(), (0, 2, 4), strict=True):
+            if all(f ^ 1 << first + k in allowed for f in allowed for k in range(width)):
+                found.append(Field(name, "index", width, offset=offset, **code))
+        return tuple(found)
+
     def params(self, shape):
         basis = Param("basis", (BASIS, self.block), "shared")
         return basis, Param("r_max", (1,), "shared"), Param("out_scale", (shape[0],), "out")
@@ -140,6 +178,24 @@ class Bitfield(Codec):
         factor = self._factor(codes, code, params["r_max"], basis.dtype)
         return (factor[..., None] * basis[idx]).flatten(1)
 
+    def slopes(self, codes, params, shape):
+        basis, code = params["basis"], self.unpack(codes)
+        entry, r_max = self._entry(code), held_r_max(params["r_max"][0].item())
+        slope, step = (
+            torch.from_numpy(t).to(basis)[entry] for t in radial_slopes(self.word, r_max)
+        )
+        by = {"radius": slope, "amplitude": slope * step}
+        if self.amplitude != "byte":  # a line between two entries
+            here, following = self._between_entries(entry, params["r_max"], basis.dtype)
+            by = {"radius": (following - here) / step, "amplitude": following - here}
+        factor = self._factor(codes, code, params["r_max"], basis.dtype)
+        if self.word == 32:
+            phase, value = code >> 24, self._values(params["r_max"], basis.dtype)[entry]
+            by = {name: s * self._cosine(phase, basis) for name, s in by.items()}
+            by["phase"] = value * self._cosine(phase + 64, basis)
+        idx = (code >> (10 if self.word == 22 else 12)) & 255
+        return Slopes(factor, by, basis, idx, bits=8)
+
     def unpack(self, codes: Tensor) -> Tensor:
         """(rows, tiles, bytes) uint8 -> (rows, codes) int64 words."""
         byte = codes.long()
@@ -153,19 +209,30 @@ class Bitfield(Codec):
         return torch.stack(words, -1).flatten(1)
 
     def _factor(self, codes: Tensor, code: Tensor, r_max: Tensor, dtype: torch.dtype) -> Tensor:
+        entry = self._entry(code)
+        if self.amplitude != "byte":
+            here, following = self._between_entries(entry, r_max, dtype)
+            return here + self._fraction(codes).to(dtype) * (following - here)
+        value = self._values(r_max, dtype)[entry]
+        return value * self._cosine(code >> 24, value) if self.word == 32 else value
+
+    def _entry(self, code: Tensor) -> Tensor:
+        high, low = (0x3C00, 0x3FF) if self.word == 22 else (0xF000, 0xFFF)
+        return (code >> 8 & high) | (code & low)
+
+    def _values(self, r_max: Tensor, dtype: torch.dtype) -> Tensor:
         held = torch.where(r_max[0] > LEAST_RADIUS, r_max[0], LEAST_RADIUS)
         held = torch.where(held < LARGEST_RADIUS, held, LARGEST_RADIUS)
-        table = _Table.apply(held, self.word, dtype)
-        high, low = (0x3C00, 0x3FF) if self.word == 22 else (0xF000, 0xFFF)
-        entry = (code >> 8 & high) | (code & low)
-        if self.word == 32:
-            cosine = turn_cosine(torch.arange(256), 256).float().to(dtype)
-            return table[entry] * cosine[code >> 24]
-        if self.amplitude == "byte":
-            return table[entry]
-        t = self._fraction(codes).to(dtype)
-        here, following = table[entry], table[entry + ((entry & 255) < 255)]
-        return here + t * (following - here)
+        return _Table.apply(held, self.word, dtype)
+
+    def _between_entries(self, entry: Tensor, r_max: Tensor, dtype: torch.dtype):
+        """Values of entries and of those one amplitude on, the last one's own."""
+        table = self._values(r_max, dtype)
+        return table[entry], table[entry + ((entry & 255) < 255)]
+
+    def _cosine(self, phase: Tensor, like: Tensor) -> Tensor:
+        table = turn_cosine(torch.arange(256), 256).float()
+        return table.to(like)[phase & 255]
 
     def _fraction(self, codes: Tensor) -> Tensor:
         beside = codes[..., 11:].clone(memory_format=torch.contiguous_format)  # at an aligned place

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..fitting import evenly
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale
+from .fields import Field
 from .trig import turn_cosine
 
 SAMPLE = 1 << 14  # blocks that the table of masks and the first scale are fitted on
@@ -41,6 +42,21 @@ class BlockSparse(Codec):
         if self.layout == "row":
             return Tile(1, 8, 3)
         return Tile(4, 4, 6 if self.mask16 else 5)
+
+    def fields(self, shape):
+        if self.layout == "row":
+            return (
+                Field("kept", "index", 1, 1, stride=1, count=8),
+                Field("amplitude", "level", 8, 8, offset=8, signed=True),
+                Field("phase", "cyclic", 8, 8, offset=16),
+            )
+        # A free mask may have fewer ones than values: then the values left over are zero.
+        first, block = (16 if self.mask16 else 8), {"rows": 4, "cols": 4}
+        value = block | {"signed": True, "absent": self.mask16}
+        values = tuple(
+            Field(f"value{n}", "level", 8, offset=first + 8 * n, **value) for n in range(4)
+        )
+        return (Field("pattern", "index", 8, **block), *values) if self._table else values
 
     def params(self, shape):
         masks = (Param("masks", (256, 2), "shared", codes=True),) if self._table else ()

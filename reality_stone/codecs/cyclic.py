@@ -13,10 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..fitting import axes, evenly
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale, whole_number
 from .cyclic_tables import cyclic
+from .fields import Field
+from .slopes import Slopes
 
 SAMPLE = 1 << 13  # blocks the first basis is fitted on
 SAMPLE_WEIGHTS = 1 << 21
@@ -65,6 +68,28 @@ class Cyclic(Codec):
                 f"got {block}"
             )
         return Tile(1, block, self.word // 8)
+
+    def fields(self, shape):
+        cols = self.tile(shape).cols
+        return tuple(
+            Field(name, kind, width, cols, offset=offset)
+            for name, kind, (offset, width) in (
+                ("index", "index", self._bits["index"]),
+                ("amplitude", "level", self._bits["amplitude"]),
+                ("diff", "cyclic", self._bits["diff"]),
+                ("phase", "cyclic", self._bits["phase"]),
+            )
+            if width
+        )
+
+    @property
+    def _bits(self) -> dict[str, tuple[int, int]]:
+        """(offset, width) of the fields of a word."""
+        if self.word == 32:
+            return {"index": (0, 8), "amplitude": (8, 8), "diff": (26, 2), "phase": (28, 4)}
+        if self.compound:
+            return {"index": (0, 4), "amplitude": (4, 6), "diff": (10, 2), "phase": (12, 4)}
+        return {"amplitude": (0, 4), "index": (4, 8), "diff": (12, 0), "phase": (12, 4)}
 
     def params(self, shape):
         basis = Param("basis", (self.vectors, self.tile(shape).cols), "shared")
@@ -115,12 +140,10 @@ class Cyclic(Codec):
     def _fields(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """(level, idx) of every code, integers; level = T[diff][phase] * amp."""
         word = self._words(codes)
-        if self.word == 32:
-            phase, diff, amp, index = word >> 28, word >> 26 & 3, word >> 8 & 255, word & 255
-        elif self.compound:
-            phase, diff, amp, index = word >> 12, word >> 10 & 3, word >> 4 & 63, word & 15
-        else:
-            phase, diff, amp, index = word >> 12, torch.zeros_like(word), word & 15, word >> 4 & 255
+        index, amp, diff, phase = (
+            word >> offset & (1 << width) - 1
+            for offset, width in map(self._bits.get, ("index", "amplitude", "diff", "phase"))
+        )
         return cyclic().to(codes.device)[diff, phase].long() * amp, index
 
     def decode_tiles(self, codes, params, shape):
@@ -128,6 +151,20 @@ class Cyclic(Codec):
         basis = params["basis"]
         factor = level.to(basis.dtype) * 2.0**-self.shift
         return (factor[..., None] * basis[index]).flatten(1)
+
+    def slopes(self, codes, params, shape):
+        word, basis = self._words(codes), params["basis"]
+        index, (offset, width) = self._fields(codes)[1], self._bits["amplitude"]
+        amps = word >> offset & (1 << width) - 1
+        layout = f"cyclic_{'compound' if self.compound else self.word}"
+
+        def factor(word: Tensor, order: int) -> Tensor:
+            level = ops.bit_derivative(word.to(torch.int32), order, layout)
+            return level.to(basis.dtype) * 2.0**-self.shift
+
+        one = word ^ (amps ^ 1) << offset  # the same code with amplitude 1
+        by = {"phase": factor(word, 1), "amplitude": factor(one, 0)}
+        return Slopes(factor(word, 0), by, basis, index, bits=self._bits["index"][1])
 
     def encode_reference(self, target, importance, params):
         basis, block = params["basis"].double(), params["basis"].shape[1]

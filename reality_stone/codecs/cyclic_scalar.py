@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, whole_number
-from .cyclic_tables import cyclic_scalar
+from .cyclic_tables import cyclic_scalar, cyclic_scalar_slopes
+from .fields import Field
+from .slopes import Slopes
 from .trig import turn_cosine
 
 
@@ -37,6 +39,21 @@ class CyclicScalar(Codec):
     def tile(self, shape):
         return Tile(1, self.group, self.group * self.bits // 8)
 
+    def fields(self, shape):
+        code = {"cols": 1, "stride": self.bits, "count": self.group}
+        if self.bits == 8:
+            return (
+                Field("phase", "cyclic", 4, **code),
+                Field("diff", "cyclic", 2, offset=4, **code),
+                Field("family", "index", 2, offset=6, **code),
+            )
+        return (
+            Field("phase", "cyclic", 8, **code),
+            Field("phase_coarse", "cyclic", 4, offset=4, **code),
+            Field("diff", "cyclic", 2, offset=8, **code),
+            Field("amplitude", "level", 6, offset=10, **code),
+        )
+
     def params(self, shape):
         return (Param("scale", self.tile(shape).grid(shape), "both"),)
 
@@ -58,12 +75,29 @@ class CyclicScalar(Codec):
 
     def decode_tiles(self, codes, params, shape):
         scale = params["scale"]
-        code = codes.long()
-        if self.bits == 16:
-            code = code[..., 0::2] | code[..., 1::2] << 8
-        level = self._levels(scale.dtype).to(codes.device)[code]
+        level = self._levels(scale.dtype).to(codes.device)[self._codes(codes)]
         step = scale * self._unit.to(scale)
         return (level * step[..., None]).flatten(1)
+
+    def slopes(self, codes, params, shape):
+        code, scale = self._codes(codes), params["scale"]
+        step = (scale * self._unit.to(scale))[..., None]
+
+        def along(table: Tensor) -> Tensor:
+            return (table.to(scale)[code] * step).flatten(1)
+
+        factor = along(self._levels(scale.dtype))
+        if self.bits == 8:
+            return Slopes(factor, {"phase": along(cyclic_scalar_slopes().flatten())})
+        every = torch.arange(1 << 16)
+        turn, amp = every + 64 * (every >> 8 & 3), (every >> 10) + 1
+        cosine, slope = (turn_cosine(k, 256).float().double() / 64 for k in (turn, turn + 64))
+        return Slopes(factor, {"phase": along(slope * amp), "amplitude": along(cosine)})
+
+    def _codes(self, codes: Tensor) -> Tensor:
+        """(rows, groups, group) int64."""
+        code = codes.long()
+        return code if self.bits == 8 else code[..., 0::2] | code[..., 1::2] << 8
 
     def encode_reference(self, target, importance, params):
         w = target.unflatten(1, (-1, self.group)).double()

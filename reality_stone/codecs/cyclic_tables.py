@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ _QUARTER = (127, 117, 90, 49, 0)
 _QUARTER16 = (
     *(32767, 32609, 32137, 31356, 30273, 28898, 27245, 25329, 23170),
     *(20787, 18204, 15446, 12539, 9512, 6393, 3212, 0),
+)
+_QUARTER256 = (
+    *(32767, 32757, 32728, 32678, 32609, 32521, 32412, 32285, 32137, 31971, 31785, 31580, 31356),
+    *(31113, 30852, 30571, 30273, 29956, 29621, 29268, 28898, 28510, 28105, 27683, 27245, 26790),
+    *(26319, 25832, 25329, 24811, 24279, 23731, 23170, 22594, 22005, 21403, 20787, 20159, 19519),
+    *(18868, 18204, 17530, 16846, 16151, 15446, 14732, 14010, 13279, 12539, 11793, 11039, 10278),
+    *(9512, 8739, 7962, 7179, 6393, 5602, 4808, 4011, 3212, 2410, 1608, 804, 0),
 )
 
 
@@ -37,6 +46,29 @@ def cyclic() -> Tensor:
 def cyclic16() -> Tensor:
     """T16 (4, 64) int16: round(32767 cos(2 pi p / 64 + d pi / 2))."""
     return torch.tensor(_cycle(_QUARTER16), dtype=torch.int16)
+
+
+def cyclic256() -> Tensor:
+    """(4, 256) int16: round(32767 cos(2 pi k / 256 + d pi / 2))."""
+    return torch.tensor(_cycle(_QUARTER256), dtype=torch.int16)
+
+
+def cyclic_scalar_slopes() -> Tensor:
+    """Derivatives of what `cyclic_scalar` rounds by the phase in radians (family 4, diff 4,
+    phase 16), float64: 16 phases are a turn."""
+    p = torch.arange(16, dtype=torch.float64)
+    x, speed = (p - 7.5) / 7.5, 16 / (2 * math.pi * 7.5)  # dx / dphase
+    angle = p * (2 * math.pi / 16)
+    cosine = [-(angle + d * math.pi / 2).sin() for d in range(4)]
+    sinh, cosh = speed * x.cosh() / math.sinh(1), speed * x.sinh() / math.cosh(1)
+    t = torch.tanh(2 * x)
+    u = 1 - t * t
+    tanh = (  # and its first four derivatives
+        *(t, 2 * u, -8 * t * u, -16 * u * (1 - 3 * t * t), 128 * t * u * (2 - 3 * t * t)),
+    )
+    tanh = [speed * tanh[d + 1] / tanh[d].abs().max() for d in range(4)]
+    families = (cosine, (sinh, cosh, sinh, cosh), (speed * (x - 1).exp(),) * 4, tanh)
+    return 127 * torch.stack([torch.stack(tuple(f)) for f in families])
 
 
 def cyclic_scalar() -> Tensor:

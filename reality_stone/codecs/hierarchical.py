@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .base import Codec, Param, Tile, check_words, flag, one_of, row_scale
 from .cyclic_tables import cyclic
+from .fields import Field
 
 BLOCK = 8
 STEP = 1 / 512  # of an integer base
@@ -53,6 +54,22 @@ class Hierarchical(Codec):
 
     def tile(self, shape):
         return Tile(1, BLOCK, 4)
+
+    def fields(self, shape):
+        delta = {"width": 2, "cols": 1, "offset": 16, "stride": 2, "count": BLOCK}
+        if self.mode == "mul":  # a step of a base is a 512th of a row's size, a coarse one a 32nd
+            return (
+                Field("base", "level", 16, BLOCK, signed=True),
+                Field("base_coarse", "level", 12, BLOCK, offset=4, signed=True),
+                Field("delta", "level", **delta),
+            )
+        return (
+            Field("index", "index", 4, BLOCK),
+            Field("amplitude", "level", 6, BLOCK, offset=4),
+            Field("diff", "cyclic", 2, BLOCK, offset=10),
+            Field("phase", "cyclic", 4, BLOCK, offset=12),
+            Field("delta", "index", **delta),
+        )
 
     def params(self, shape):
         entries = 4 if self.mode == "mul" else 16

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..fitting import SAMPLE, kmeans, unit_rows
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
+from .fields import Field
 from .uniform import pack_bits, unpack_bits
 
 PAIRS = 32
@@ -79,6 +80,14 @@ class Palette(Codec):
         cols = self.group or {1: 8, 2: 4, 3: 8, 4: 2}[self.bits]
         return Tile(1, cols, -(-cols * self.bits // 8))
 
+    def fields(self, shape):
+        cols = self.tile(shape).cols
+        if self.layout == "pair":
+            return (Field("index", "index", 5, 2, stride=5, count=8),)
+        where = _word_bits if self.layout == "words" else None
+        # Codebooks of single values rise, so that neighbours in one are neighbours in value.
+        return (Field("level", "level", self.bits, 1, stride=self.bits, count=cols, where=where),)
+
     def params(self, shape):
         if self.group:
             grid = self.tile(shape).grid(shape)
@@ -138,6 +147,12 @@ class Palette(Codec):
             word = (code.unflatten(-1, (-1, 5)) << torch.arange(0, 15, 3)).sum(-1)
             return torch.stack((word & 255, word >> 8), -1).flatten(-2).to(torch.uint8)
         return pack_bits(code, 5 if self.layout == "pair" else self.bits)
+
+
+def _word_bits(codes: Tensor) -> tuple[Tensor, None]:
+    """First bits of the codes of a tile of words (down, across, bytes)."""
+    j = torch.arange(codes.shape[2] // 2 * 5, device=codes.device)
+    return j // 5 * 16 + j % 5 * 3, None
 
 
 def lloyd(values: Tensor, weights: Tensor, entries: int, rounds: int = 500) -> Tensor:

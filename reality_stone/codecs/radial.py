@@ -221,16 +221,32 @@ def held_r_max(r_max: float) -> float:
 def radial_table(word: int, r_max: float) -> tuple[np.ndarray, np.ndarray]:
     """f(r) and df/dr_max of all entries of a word's table, float64; order in csrc/codecs/radial.h.
     r_max in [0.5, 8]."""
+    f, share = _entries(word, r_max)
+    return _in_order(word, f.v), _in_order(word, f.d * share)
+
+
+@functools.lru_cache(maxsize=8)
+def radial_slopes(word: int, r_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """df/dr, r being the function's argument, and the change of r per step of the amplitude, of all
+    entries in the order of `radial_table`."""
+    f, share = _entries(word, r_max)
+    steps = 255 if word == 22 else 1023
+    step = np.where(np.signbit(share), -r_max, r_max) / steps
+    return _in_order(word, f.d), _in_order(word, np.broadcast_to(step, f.d.shape))
+
+
+def _entries(word: int, r_max: float) -> tuple[Dual, np.ndarray]:
+    """All functions at all radii of a table (64, radii), and the radii's shares of r_max."""
     if word == 22:
         i = np.arange(256.0)
-        f = radial_functions(i * r_max / 255)
-        return f.v.reshape(-1), (f.d * (i / 255)).reshape(-1)
+        return radial_functions(i * r_max / 255), i / 255
     i = np.arange(1024.0)
     r, share = i * r_max / 1023, i / 1023
-    f = radial_functions(np.concatenate((r, -r)))
+    return radial_functions(np.concatenate((r, -r))), np.concatenate((share, -share))
+
+
+def _in_order(word: int, x: np.ndarray) -> np.ndarray:
+    if word == 22:
+        return x.reshape(-1)
     # (16, order, sign, amp) -> (16, sign, order, amp), orders 0 and 1
-    value, slope = (
-        x.reshape(16, 4, 2, 1024)[:, :2].swapaxes(1, 2)
-        for x in (f.v, f.d * np.concatenate((share, -share)))
-    )
-    return value.reshape(-1), slope.reshape(-1)
+    return x.reshape(16, 4, 2, 1024)[:, :2].swapaxes(1, 2).reshape(-1)

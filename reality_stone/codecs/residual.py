@@ -49,6 +49,12 @@ class Residual(Codec):
     def tile(self, shape):
         return self.base.tile(shape)
 
+    def fields(self, shape):
+        return self.base.fields(shape)
+
+    def slopes(self, codes, params, shape):
+        return self.base.slopes(codes, split(params)[0], shape)
+
     def params(self, shape):
         return (*self.base.params(shape), *rest_params(self.rest, shape))
 

@@ -19,6 +19,7 @@ from ..feedback import Hessian
 from ..metrics import squared_error
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, check_weight, check_words, one_of, whole_number
+from .fields import Field
 from .trig import turn_sine
 
 SIDE = 256  # of a quadtree
@@ -64,6 +65,18 @@ class Seed64(Codec):
         if self.block:
             return Tile(self.block, self.block, 8)
         return Tile(SIDE, SIDE, TREE_BYTES + 8 * self.seeds)
+
+    def fields(self, shape):
+        if not self.block:  # which weights a seed of a quadtree is for depends on the tree
+            return ()
+        block = {"rows": self.block, "cols": self.block}
+        return (
+            Field("radius", "level", 8, offset=56, **block),
+            Field("radius_fine", "level", 16, offset=48, **block),
+            Field("phase", "cyclic", 8, offset=24, **block),
+            Field("phase_fine", "cyclic", 16, offset=16, **block),
+            Field("sign", "sign", 1, offset=31, **block),
+        )
 
     def params(self, shape):
         return (Param("scale", (1,), "shared"),)

@@ -18,6 +18,7 @@ from ..fitting import alternate, kmeans, row_sample
 from ..metrics import squared_error
 from ..packed import over_scale, round_to_half
 from .base import Codec, Param, Tile, check_finite, check_weight, check_words, one_of, row_scale
+from .fields import Field
 from .residual import join, rest_params, split
 from .sparse import Sparse
 
@@ -56,6 +57,9 @@ class Ultra(Codec):
 
     def tile(self, shape):
         return Tile(1, 16, 5)
+
+    def fields(self, shape):
+        return (Field("index", "index", 10, 4, stride=10, count=4),)
 
     def params(self, shape):
         own = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, flag, whole_number
+from .fields import Field
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Uniform(Codec):
 
     def tile(self, shape):
         return Tile(1, self.group, -(-self.group * self.bits // 8))
+
+    def fields(self, shape):
+        return (Field("level", "level", self.bits, 1, stride=self.bits, count=self.group),)
 
     def params(self, shape):
         sizes = self.tile(shape).grid(shape)

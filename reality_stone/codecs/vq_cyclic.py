@@ -16,6 +16,7 @@ from torch import Tensor
 from ..fitting import unit_rows
 from ..packed import round_to_half
 from .base import Codec, Param, Tile, row_scale, whole_number
+from .fields import Field
 from .uniform import pack_bits, unpack_bits
 
 PROTOTYPES = 16
@@ -41,6 +42,14 @@ class VqCyclic(Codec):
 
     def tile(self, shape):
         return Tile(1, 4 * self.block, 3)
+
+    def fields(self, shape):
+        code = {"cols": self.block, "stride": 6, "count": 4}
+        return (
+            Field("prototype", "index", 4, **code),
+            Field("roll", "index", 1, offset=4, **code),
+            Field("sign", "sign", 1, offset=5, **code),
+        )
 
     def params(self, shape):
         return (
