@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "cpu/ops.h"
+#include "qat_linear.h"
 
 TORCH_LIBRARY(reality_stone, m) {
   m.def(
@@ -24,6 +25,13 @@ TORCH_LIBRARY(reality_stone, m) {
   m.def(
       "trellis_encode(Tensor targets, Tensor radius, Tensor angle, float bits, str search) -> "
       "Tensor");
+  m.def(
+      "qat_linear(Tensor x, Tensor weight, Tensor centers, float tau, str mode, Tensor? "
+      "scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "qat_linear_backward(Tensor grad, Tensor grad_loss, Tensor x, Tensor weight, Tensor "
+      "centers, float tau, str mode, Tensor? scale, bool[4] wanted) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
@@ -36,4 +44,6 @@ TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
   m.impl("check_codes", rs::check_codes);
   m.impl("hadamard", rs::hadamard);
   m.impl("trellis_encode", rs::trellis_encode);
+  m.impl("qat_linear", rs::qat::qat_linear);
+  m.impl("qat_linear_backward", rs::qat::qat_linear_backward);
 }
