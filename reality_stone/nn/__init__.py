@@ -1,5 +1,6 @@
 """Layers whose weights are codes."""
 
 from .linear import RBELinear
+from .trainable import TrainableRBELinear
 
-__all__ = ["RBELinear"]
+__all__ = ["RBELinear", "TrainableRBELinear"]
