@@ -316,6 +316,7 @@ def test_a_state_dict_carries_scale_levels_schedule_and_noise(make):
         (lambda: Codebook(0), "levels must be a whole number"),
         (lambda: SEQ(16), "levels of SEQ must be 3 or 4, got 16"),
         (lambda: Codebook(4, commitment=0), "commitment must be positive"),
+        (lambda: Gumbel(4, room=0), "room must be positive"),
         (lambda: STE(4, per_row=3), "per_row must be True or False"),
         (lambda: TauSchedule(1.0, 0.0, 5), "tau must be positive"),
         (lambda: TauSchedule(1.0, 0.1, 0), "steps of a schedule must be 1 or more"),

@@ -27,9 +27,11 @@ class TrainableRBELinear(nn.Module):
 
     Without a quantizer the layer multiplies by weight + (Q - W), where Q was decoded from the codes
     of W, the master weight when it was last encoded: every `requantize_every` training steps. In
-    between the step's own movement counts in full, so a codec too slow for every step trains too;
-    at 1 this is the straight-through estimator. Eval mode multiplies by Q itself, from the codes.
-    With `hessian` the codes are those for the inputs seen, by a running E[x x^T].
+    between the weight's own movement counts in full. (Multiplying by Q alone until the next
+    encoding leaves each step blind to those before it: on digits, at 2 bits and 100 steps, that
+    ends at 20 to 60 % right, this at 93 to 98 %.) At 1 it is the straight-through estimator. Eval
+    mode multiplies by Q itself, from the codes. With `hessian` the codes are those for the inputs
+    seen, by a running E[x x^T].
 
     With a quantizer (see `reality_stone.quantizers`; it becomes part of the layer) every product is
     with its quantized weight, and codes are written by `finalize` alone, from the hard weight.

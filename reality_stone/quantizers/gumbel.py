@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .base import Quantizer, cells
 from .schedule import TauSchedule, positive
@@ -15,14 +16,18 @@ class Gumbel(Quantizer):
     tau: a number or a TauSchedule of the steps taken; by default the square of the levels' spacing,
         where values between the outer levels pass almost unchanged. A fiftieth of it is hard.
     noise: Gumbel noise on the logits, new at each `step()`, drawn from `generator`.
+    room: how far the outer levels start beyond the largest weight. Past them nothing learns, so a
+        network from scratch, whose weights will grow, wants about 2.
 
-    The scale is measured and stays: the levels learn, which includes it.
+    Levels and scale both learn; a tenth of the weights' learning rate suits them.
     Source: Jang et al., Categorical Reparameterization with Gumbel-Softmax, 2017.
 
     >>> quantizer = Gumbel(levels=4, tau=TauSchedule(0.25, 0.005, 1000))
     >>> quantizer(torch.randn(8, 16)).weight.shape
     torch.Size([8, 16])
     """
+
+    learned_scale = True
 
     def __init__(
         self,
@@ -32,7 +37,9 @@ class Gumbel(Quantizer):
         noise: bool = False,
         generator: torch.Generator | None = None,
         per_row: bool = False,
+        room: float = 1.0,
     ):
+        self.room = positive(room, "room")
         super().__init__(cells(levels), per_row, learned_centers=True)
         if tau is None:
             tau = (2 / levels) ** 2
@@ -63,6 +70,9 @@ class Gumbel(Quantizer):
     def seed(self) -> int | None:
         # One seed a step: a recomputed forward must see the noise of the first.
         return self._seed if self.noise and self.training else None
+
+    def _measure(self, rows: Tensor, peak: Tensor) -> Tensor:
+        return self.room * super()._measure(rows, peak)
 
     def step(self) -> None:
         super().step()
