@@ -214,3 +214,23 @@ def test_wrong_dtypes_and_gradients_are_refused_in_a_sentence():
         ops.qat_linear_backward(
             torch.ones(2, 3), torch.tensor(1.0), x, w, c, 1.0, "ste", None, [True] * 4
         )
+
+
+def test_the_quantized_weight_is_never_whole_in_memory():
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the high-water mark starts anew
+    except OSError:
+        pytest.skip("the kernel does not count the memory in use")
+
+    def most():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+    weight, x = torch.randn(4096, 4096), torch.randn(4, 4096)  # 64 MB
+    ops.qat_linear(x[:, :64], weight[:64, :64], cells(16), 0.01, "gumbel")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = most()
+    ops.qat_linear(x, weight, cells(16), 0.01, "gumbel")
+    assert most() - before < 16  # a panel of 4 MB, and what the allocator keeps
