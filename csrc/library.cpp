@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "cpu/ops.h"
+#include "qat_linear.h"
 
 TORCH_LIBRARY(reality_stone, m) {
   m.def(
@@ -25,6 +26,13 @@ TORCH_LIBRARY(reality_stone, m) {
       "trellis_encode(Tensor targets, Tensor radius, Tensor angle, float bits, str search) -> "
       "Tensor");
   m.def("bit_derivative(Tensor codes, int order, str layout) -> Tensor");
+  m.def(
+      "qat_linear(Tensor x, Tensor weight, Tensor centers, float tau, str mode, Tensor? "
+      "scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "qat_linear_backward(Tensor grad, Tensor grad_loss, Tensor x, Tensor weight, Tensor "
+      "centers, float tau, str mode, Tensor? scale, bool[4] wanted) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
@@ -38,4 +46,6 @@ TORCH_LIBRARY_IMPL(reality_stone, CPU, m) {
   m.impl("hadamard", rs::hadamard);
   m.impl("trellis_encode", rs::trellis_encode);
   m.impl("bit_derivative", rs::bit_derivative);
+  m.impl("qat_linear", rs::qat::qat_linear);
+  m.impl("qat_linear_backward", rs::qat::qat_linear_backward);
 }

@@ -39,6 +39,11 @@ SCHEMAS = {
     "trellis_encode": "(Tensor targets, Tensor radius, Tensor angle, float bits, str search)"
     " -> Tensor",
     "bit_derivative": "(Tensor codes, int order, str layout) -> Tensor",
+    "qat_linear": "(Tensor x, Tensor weight, Tensor centers, float tau, str mode,"
+    " Tensor? scale=None) -> (Tensor, Tensor)",
+    "qat_linear_backward": "(Tensor grad, Tensor grad_loss, Tensor x, Tensor weight,"
+    " Tensor centers, float tau, str mode, Tensor? scale, bool[4] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library("reality_stone", "FRAGMENT")
@@ -142,6 +147,36 @@ def bit_derivative(codes: Tensor, order: int, layout: str) -> Tensor:
     return _ops.bit_derivative(codes, order, layout)
 
 
+def qat_linear(
+    x: Tensor, weight: Tensor, centers: Tensor, tau: float, mode: str, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x (..., in) times the quantized weight (out, in), in x's dtype, and the quantization loss.
+
+    weight, centers (levels,) and scale, (1,) or (out,), are float32; for tau, the modes ("ste",
+    "attenuated", "codebook", "gumbel") and all derivatives see quantizers/formulas.py. The
+    quantized weight is never whole in memory. ValueError on arguments that are not so and, on the
+    CPU, on weights that are not finite; on a GPU those make the loss NaN.
+    """
+    return _ops.qat_linear(x, weight, centers, float(tau), mode, scale)
+
+
+def qat_linear_backward(
+    grad: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    centers: Tensor,
+    tau: float,
+    mode: str,
+    scale: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, centers and scale from those of both results; empty if not wanted."""
+    return _ops.qat_linear_backward(
+        grad, grad_loss, x, weight, centers, float(tau), mode, scale, list(wanted)
+    )
+
+
 # --- shape rules ----------------------------------------------------------------------------------
 
 
@@ -197,6 +232,20 @@ def _(targets, radius, angle, bits, search):
 @torch.library.register_fake("reality_stone::bit_derivative", lib=_library)
 def _(codes, order, layout):
     return codes.new_empty(codes.shape, dtype=torch.int16)
+
+
+@torch.library.register_fake("reality_stone::qat_linear", lib=_library)
+def _(x, weight, centers, tau, mode, scale=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), weight.new_empty(())
+
+
+@torch.library.register_fake("reality_stone::qat_linear_backward", lib=_library)
+def _(grad, grad_loss, x, weight, centers, tau, mode, scale, wanted):
+    scale = weight.new_empty(1) if scale is None else scale
+    return tuple(
+        t.new_empty(t.shape) if want else weight.new_empty(0)
+        for t, want in zip((x, weight, centers, scale), wanted, strict=True)
+    )
 
 
 @torch.library.register_fake("reality_stone::encode", lib=_library)
@@ -270,6 +319,30 @@ torch.library.register_autograd(
     lambda ctx, grad: (hadamard(grad, ctx.block), None),
     setup_context=lambda ctx, inputs, output: setattr(ctx, "block", inputs[1]),
     lib=_library,
+)
+
+
+def _qat_setup(ctx, inputs, output):
+    x, weight, centers, ctx.tau, ctx.mode, scale = inputs
+    ctx.save_for_backward(x, weight, centers, *([] if scale is None else [scale]))
+
+
+def _qat_backward(ctx, grad, grad_loss):
+    x, weight, centers, *rest = ctx.saved_tensors
+    scale = rest[0] if rest else None
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[2], scale is not None and needs[5]]
+    found = qat_linear_backward(
+        grad, grad_loss, x, weight, centers, ctx.tau, ctx.mode, scale, wanted
+    )
+    dx, dweight, dcenters, dscale = (
+        g if want else None for g, want in zip(found, wanted, strict=True)
+    )
+    return dx, dweight, dcenters, None, None, dscale
+
+
+torch.library.register_autograd(
+    "reality_stone::qat_linear", _qat_backward, setup_context=_qat_setup, lib=_library
 )
 
 

@@ -15,6 +15,7 @@ from .codecs.base import check_finite, hadamard
 from .codecs.trellis import Trellis
 from .derivative.engine import bit_derivative_reference
 from .feedback import to_inner
+from .quantizers import formulas
 
 
 def _named(codec: str, params: Sequence[Tensor], shape: Sequence[int]):
@@ -112,6 +113,28 @@ def trellis_encode(targets, radius, angle, bits, search):
     return codes.view(n, -1)
 
 
+def qat_linear(x, weight, centers, tau, mode, scale=None):
+    formulas.check(weight, centers, tau, mode, scale)
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x must end in {weight.shape[1]} features, got shape {list(x.shape)}")
+    q, _, loss = formulas.quantize(weight, centers, tau, mode, scale)
+    return (x.to(q.dtype) @ q.t()).to(x.dtype), loss.clone()
+
+
+def qat_linear_backward(grad, grad_loss, x, weight, centers, tau, mode, scale, wanted):
+    given = [x, weight, centers, weight.new_ones(1) if scale is None else scale]
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in given]
+        results = qat_linear(*leaves[:3], tau, mode, leaves[3])
+        grads = torch.autograd.grad(
+            results, leaves, (grad, grad_loss), allow_unused=True, materialize_grads=True
+        )
+    return tuple(
+        g.contiguous() if want else weight.new_empty(0)
+        for g, want in zip(grads, wanted, strict=True)
+    )
+
+
 KERNELS = {
     "encode": encode,
     "decode": decode,
@@ -123,5 +146,7 @@ KERNELS = {
     "hadamard": lambda x, block: hadamard(x, block).clone(),
     "trellis_encode": trellis_encode,
     "bit_derivative": bit_derivative_reference,
+    "qat_linear": qat_linear,
+    "qat_linear_backward": qat_linear_backward,
 }
 ops.register_reference(KERNELS)

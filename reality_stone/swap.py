@@ -94,7 +94,7 @@ def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> 
         out, n = entry.shape
         new = RBELinear(n, out, entry.bias, entry.codec, device="meta", dtype=kind)
         swaps[id(old)] = new.train(old.training)
-    _swap(model, swaps)
+    swap_modules(model, swaps)
     return model
 
 
@@ -109,11 +109,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or next(dense, torch.float32)
     if isinstance(model, RBELinear):
         return model.to_linear(dtype)
-    _swap(model, {id(layer): layer.to_linear(dtype) for layer in layers})
+    swap_modules(model, {id(layer): layer.to_linear(dtype) for layer in layers})
     return model
 
 
-def _swap(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
+def swap_modules(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
     """Everywhere a module hangs, so that layers used twice stay one."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -58,3 +58,21 @@ def test_swapping_a_layer_and_training_its_tables_lowers_the_loss(monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     swapped, trained = (float(line.split("loss ")[1].split(",")[0]) for line in lines[1:3])
     assert trained < swapped
+
+
+def test_training_from_scratch_at_four_and_sixteen_levels_comes_within_a_point_of_float(
+    monkeypatch, capsys
+):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", ["qat_digits.py", "--epochs", "20", "--seeds", "3"])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLES / "qat_digits.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    means = {" ".join(row[:-7]): float(row[-6]) for row in rows}
+    assert len(means) == 5
+    assert means["float"] > 96
+    for name, right in means.items():
+        assert right >= means["float"] - 1, (name, means)

@@ -203,6 +203,15 @@ class Codec(ABC):
             packed = min(packed, again, key=lambda p: squared_error(p.decode(), weight, importance))
         return packed
 
+    def from_levels(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Packed | None:
+        """The codes of a weight that is already quantized: scale (out,) * levels[codes].
+
+        codes (out, in) index `levels` (any number of them). Held to float16 values where that loses
+        nothing of note, so a weight is off by 2^-10 of itself at most. None where the codec does
+        not hold such a weight.
+        """
+        return None
+
     def _plain(self, weight, importance, params: dict[str, Tensor]) -> Packed:
         codes, fitted = ops.encode(weight, importance, list(params.values()), self.spec)
         shape = (weight.shape[0], weight.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..fitting import SAMPLE, kmeans, unit_rows
-from ..packed import round_to_half
+from ..packed import Packed, round_to_half
 from .base import Codec, Param, Tile, check_words, one_of, row_scale, whole_number
 from .fields import Field
 from .uniform import pack_bits, unpack_bits
@@ -107,6 +107,21 @@ class Palette(Codec):
         else:
             book = lloyd(rows.flatten(), weights.flatten(), self.entries)
         return {"codebook": round_to_half(book), "out_scale": scale}
+
+    def from_levels(self, codes, levels, scale):
+        if self.layout == "pair" or len(levels) > self.entries:
+            return None
+        shape = (codes.shape[0], codes.shape[1])
+        tile = self.tile(shape)
+        (rows, tiles), pad = tile.grid(shape), self.entries - len(levels)
+        book = torch.cat((levels, levels[-1:].expand(pad)))
+        padding = (0, tiles * tile.cols - shape[1])
+        code = torch.nn.functional.pad(codes.long(), padding).view(rows, tiles, tile.cols)
+        if self.group:
+            book = (scale[:, None] * book)[:, None].expand(rows, tiles, -1).contiguous()
+            return Packed(self, shape, self._pack(code), {"codebook": round_to_half(book)})
+        params = {"codebook": round_to_half(book), "out_scale": round_to_half(scale)}
+        return Packed(self, shape, self._pack(code), params)
 
     def decode_tiles(self, codes, params, shape):
         code, book = self._unpack(codes), params["codebook"]

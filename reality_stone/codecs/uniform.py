@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..packed import round_to_half
+from ..packed import Packed, round_to_half
 from .base import Codec, Param, Tile, flag, whole_number
 from .fields import Field
+
+EVEN = 1e-5  # of a step: levels further from an even grid are not this codec's
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,30 @@ class Uniform(Codec):
 
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {p.name: torch.zeros(p.sizes) for p in self.params(tuple(weight.shape))}
+
+    def from_levels(self, codes, levels, scale):
+        order = levels.argsort()
+        step = (levels.max() - levels.min()) / (len(levels) - 1)
+        grid = levels.min() + step * torch.arange(len(levels))
+        zero = -levels.min() / step
+        own = 2 ** (self.bits - 1)
+        if not (levels[order] - grid).abs().max() <= EVEN * step:
+            return None
+        # A symmetric scale has its zero in the middle of its codes; other grids may lie inside it.
+        shift = (own - zero).round() if self.symmetric else torch.zeros(())
+        if self.symmetric and (zero + shift - own).abs() > EVEN:
+            return None
+        if shift < 0 or shift + len(levels) > 2**self.bits:
+            return None
+        shape = (codes.shape[0], codes.shape[1])
+        rows, tiles = self.tile(shape).grid(shape)
+        code = order.argsort()[codes.long()] + shift.long()
+        code = torch.nn.functional.pad(code, (0, tiles * self.group - shape[1]))
+        sizes = (rows, tiles)
+        params = {"scale": round_to_half((scale * step)[:, None]).expand(sizes).contiguous()}
+        if not self.symmetric:
+            params["zero"] = round_to_half(zero).expand(sizes).contiguous()
+        return Packed(self, shape, pack_bits(code.view(*sizes, self.group), self.bits), params)
 
     def decode_tiles(self, codes, params, shape):
         level = unpack_bits(codes, self.bits, self.group).to(params["scale"].dtype)

@@ -2,5 +2,6 @@
 
 from . import lora
 from .linear import RBELinear
+from .trainable import TrainableRBELinear
 
-__all__ = ["RBELinear", "lora"]
+__all__ = ["RBELinear", "TrainableRBELinear", "lora"]

@@ -1,11 +1,12 @@
 """Training in the compressed state: tables and scales, codes, adapters; and watching it."""
 
+from .latent import finalize, latent, quantization_loss
 from .lora import finetune_lora
 from .monitor import Alert, Monitor, Reading
 from .optimisers import renew
 from .tables import TrainingReport, finetune, table_parameters
 
 __all__ = [
-    "Alert", "Monitor", "Reading", "TrainingReport", "finetune", "finetune_lora",
-    "renew", "table_parameters",
+    "Alert", "Monitor", "Reading", "TrainingReport", "finalize", "finetune", "finetune_lora",
+    "latent", "quantization_loss", "renew", "table_parameters",
 ]  # fmt: skip
