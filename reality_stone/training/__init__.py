@@ -1,10 +1,11 @@
 """Training in the compressed state: tables and scales, codes, adapters; and watching it."""
 
 from .latent import finalize, latent, quantization_loss
+from .loop import TrainingReport
 from .lora import finetune_lora
 from .monitor import Alert, Monitor, Reading
 from .optimisers import renew
-from .tables import TrainingReport, finetune, table_parameters
+from .tables import finetune, table_parameters
 
 __all__ = [
     "Alert", "Monitor", "Reading", "TrainingReport", "finalize", "finetune", "finetune_lora",

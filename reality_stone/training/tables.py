@@ -1,38 +1,21 @@
-"""Training tables and scales while the codes stay."""
+"""Training tables and scales end to end, after the blocks one by one if wanted."""
 
 from __future__ import annotations
 
-import math
+import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..blocks import inference
-from ..evaluate import logits
 from ..nn import RBELinear
-from ..nn.adapter import Adapter
 from ..packed import round_to_half
+from .loop import TrainingReport, check_precision, cut, train
+from .lora import finetune_lora
+from .resume import State, describe
 
-
-@dataclass
-class TrainingReport:
-    """losses: one per optimiser step (nats per token); tokens: predicted tokens seen."""
-
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    skipped: int = 0  # steps left out because the loss or a gradient was not finite
-    trained: int = 0  # parameters trained
-    seconds: float = 0.0
-
-    def to_json(self) -> dict:
-        return asdict(self)
+MODES = ("tables", "codes", "lora")
 
 
 def table_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -50,121 +33,151 @@ def finetune(
     teacher: nn.Module | None = None,
     mode: str = "tables",
     *,
-    lr: float = 1e-3,
+    lr: float | None = None,
     epochs: int = 1,
     batch: int = 8,
     warmup: float = 0.05,
     clip: float = 1.0,
+    rank: int = 16,
+    blockwise: bool = False,
+    block_windows: int = 128,
+    block_steps: int = 100,
+    precision: str = "float32",
+    state: str | os.PathLike[str] | None = None,
+    save_every: int = 50,
     progress: bool = True,
 ) -> TrainingReport:
-    """Train a compressed language model's tables and scales, in place.
+    """Train a compressed language model, in place.
 
     batches: token ids (n, length), cut into `batch` rows a step, or an iterable of such batches.
     teacher: with one, the loss is KL(teacher || model) per token; else next-token cross entropy.
-    lr: step relative to each param's root mean square; cosine to zero after `warmup` of the steps.
+    mode: "tables" trains tables and scales; "codes" lets codes change too, block by block towards
+    the teacher's blocks (`reconstruct`), then trains tables; "lora" trains adapters of `rank`
+    (`finetune_lora`). blockwise: tables of each block in turn before all of them together.
+    Both take the first `block_windows` rows and `block_steps` steps a block, and need a teacher.
+    lr: 1e-3 of each param's root mean square, for "lora" 2e-3 of Adam's own; cosine to zero after
+    `warmup` of the steps. precision: of the forward pass, "float32", "bfloat16" (autocast, of the
+    teacher too) or "auto", the latter where the device computes in it.
+
+    state: a directory that keeps the run, saved every `save_every` steps, after each block and on
+    an interrupt. The same call then goes on from there, with the losses of a run that was never
+    stopped; where settings, batches or model differ, ValueError names the difference. A finished
+    run stays there, and the same call gives its result again: delete it once the model is saved.
 
     Afterwards params are held to float16 values where that loses nothing of note, so that the
     stored size does not grow. Raises ValueError when there is nothing to train.
     """
-    if mode != "tables":
-        raise ValueError(f"mode must be 'tables' in this release, got {mode!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'tables', 'codes' or 'lora', got {mode!r}")
+    if mode == "lora":
+        if blockwise:
+            raise ValueError("blockwise goes with mode 'tables' or 'codes', not with 'lora'")
+        return finetune_lora(
+            model, batches, teacher, rank=rank, lr=2e-3 if lr is None else lr, epochs=epochs,
+            batch=batch, warmup=warmup, clip=clip, precision=precision, state=state,
+            save_every=save_every, progress=progress,
+        )  # fmt: skip
+    codes, lr = mode == "codes", 1e-3 if lr is None else lr
+    blockwise = blockwise or codes
+    if blockwise and teacher is None:
+        what = "mode 'codes'" if codes else "blockwise"
+        raise ValueError(f"{what} needs teacher=, the dense model")
     params = table_parameters(model)
     if not params:
         raise ValueError("the model has no compressed layers to train; call compress first")
     steps = cut(batches, batch, epochs)
+    precision = check_precision(precision, params[0].device)
+    run = None
+    if state is not None:
+        settings = {
+            "mode": mode, "lr": lr, "epochs": epochs, "batch": batch, "warmup": warmup,
+            "clip": clip, "precision": precision, "blockwise": blockwise,
+        }  # fmt: skip
+        if blockwise:
+            settings |= {"block_windows": block_windows, "block_steps": block_steps}
+        settings |= describe(model, steps, teacher, codes_move=codes)
+        run = State(state, settings, _moving(model, codes), save_every)
+        run.restore()
+    report = TrainingReport(**run.record["report"]) if run else TrainingReport()
+    if run is not None and run.stage == "finished":
+        return report
+    if blockwise and (run is None or run.stage in ("new", "blocks")):
+        rows = _first(steps, block_windows)
+        _blockwise(model, teacher, rows, report, run, codes, block_steps, batch, progress)
+        params = table_parameters(model)
     groups = [
         {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
         for p in params
     ]
-    report = train(model, groups, steps, teacher, warmup=warmup, clip=clip, progress=progress)
+    train(
+        model, groups, steps, teacher, warmup=warmup, clip=clip, progress=progress,
+        precision=precision, state=run, report=report,
+    )  # fmt: skip
     with torch.no_grad():
         for p in params:
             p.copy_(round_to_half(p))
+    if run is not None:
+        run.save("finished", report=report.to_json())
     return report
 
 
-def train(
+def _blockwise(
     model: nn.Module,
-    groups: list[dict[str, Any]],
-    steps: Sequence[Tensor],
-    teacher: nn.Module | None = None,
-    *,
-    warmup: float,
-    clip: float,
+    teacher: nn.Module,
+    batches: list[Tensor],
+    report: TrainingReport,
+    run: State | None,
+    codes: bool,
+    steps: int,
+    batch: int,
     progress: bool,
-) -> TrainingReport:
-    """The loop of every recipe: Adam on these parameter groups alone, one batch a step."""
-    params = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: _cosine(i, len(steps), warmup)
-    )
-    report = TrainingReport(trained=sum(p.numel() for p in params))
-    start = time.perf_counter()
-    with (
-        _only(model, params),
-        tqdm(steps, desc="finetune", leave=False, disable=None if progress else True) as bar,
-    ):
-        for tokens in bar:
-            loss = _loss(model, teacher, tokens)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(params, clip)
-            if not (math.isfinite(loss.item()) and bool(norm.isfinite())):
-                report.skipped += 1
-                if report.skipped == 1:
-                    warnings.warn("a training step was not finite and is skipped", stacklevel=3)
-                continue
-            optimiser.step()
-            schedule.step()
-            report.losses.append(loss.item())
-            report.tokens += tokens[:, 1:].numel()
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
-    report.seconds = time.perf_counter() - start
-    return report
+) -> None:
+    """The stage before the end-to-end one; its rows and its time go into the report."""
+    from .blockwise import reconstruct
 
+    start, before = time.perf_counter(), report.seconds
+    done = [] if run is None else list(run.record["done"])
 
-def cut(batches: Tensor | Iterable[Tensor], batch: int, epochs: int) -> list[Tensor]:
-    """The batches of all steps. ValueError where there are none."""
-    steps = list(batches.split(batch) if isinstance(batches, Tensor) else batches) * epochs
-    if not steps:
-        raise ValueError("there are no batches to train on")
-    return steps
+    def after(name: str) -> None:
+        done.append(name)
+        report.seconds = before + time.perf_counter() - start
+        if run is not None:
+            run.save("blocks", done=done, report=report.to_json())
 
-
-def _loss(model: nn.Module, teacher: nn.Module | None, tokens: Tensor) -> Tensor:
-    log_p = logits(model, tokens)[:, :-1].float().log_softmax(-1)
-    if teacher is None:
-        return -log_p.gather(-1, tokens[:, 1:, None]).mean()
-    with torch.no_grad():
-        log_q = logits(teacher, tokens)[:, :-1].float().log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
-
-
-def _cosine(step: int, steps: int, warmup: float) -> float:
-    ramp = max(1, int(warmup * steps))
-    if step < ramp:
-        return (step + 1) / ramp
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
-
-
-@contextmanager
-def _only(model: nn.Module, params: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these params alone, in eval mode (no dropout against a teacher) but for
-    adapters, whose dropout is their own."""
-    wanted = {id(p) for p in params}
-    own = {m: m.training for m in model.modules() if isinstance(m, Adapter)}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in before:
-        p.requires_grad_(id(p) in wanted)
     try:
-        with inference(model):
-            for adapter in own:
-                adapter.train()
-            yield
-    finally:
-        for adapter, flag in own.items():
-            adapter.train(flag)
-        for p, flag in before:
-            p.requires_grad_(flag)
-            p.grad = None
+        found = reconstruct(
+            model, teacher, batches, codes=codes, steps=steps, batch=batch, progress=progress,
+            skip=tuple(done), after=after,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if run is None:
+            raise
+        raise KeyboardInterrupt(run.how_to_go_on) from None
+    names = ("name", "before", "after", "accepted")
+    report.blocks += [{name: getattr(b, name) for name in names} for b in found.blocks]
+    report.seconds = before + time.perf_counter() - start
+    if run is not None:
+        run.save("train", at=0, rates=None, report=report.to_json())
+
+
+def _first(steps: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Batches of the first `rows` rows."""
+    found: list[Tensor] = []
+    for tokens in steps:
+        if rows <= 0:
+            break
+        found.append(tokens[:rows])
+        rows -= found[-1].shape[0]
+    return found
+
+
+def _moving(model: nn.Module, codes: bool) -> dict[str, Tensor]:
+    """What a run changes: tables and scales, codes where they move."""
+    found: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, RBELinear):
+            parts = layer.named_parameters(recurse=False)
+            found |= {f"{name}.{own}": p for own, p in parts if own != "bias"}
+            if codes:
+                found |= {f"{name}.{own}": b for own, b in layer.named_buffers(recurse=False)}
+    return found
