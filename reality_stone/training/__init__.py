@@ -1,5 +1,6 @@
 """Training in the compressed state: tables and scales, codes, adapters; and watching it."""
 
+from .blockwise import ReconstructionReport, reconstruct
 from .latent import finalize, latent, quantization_loss
 from .lora import finetune_lora
 from .monitor import Alert, Monitor, Reading
@@ -7,6 +8,7 @@ from .optimisers import renew
 from .tables import TrainingReport, finetune, table_parameters
 
 __all__ = [
-    "Alert", "Monitor", "Reading", "TrainingReport", "finalize", "finetune", "finetune_lora",
-    "latent", "quantization_loss", "renew", "table_parameters",
+    "Alert", "Monitor", "Reading", "ReconstructionReport", "TrainingReport", "finalize",
+    "finetune", "finetune_lora", "latent", "quantization_loss", "reconstruct", "renew",
+    "table_parameters",
 ]  # fmt: skip

@@ -96,9 +96,7 @@ def train(
     """The loop of every recipe: Adam on these parameter groups alone, one batch a step."""
     params = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: _cosine(i, len(steps), warmup)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, len(steps), warmup))
     report = TrainingReport(trained=sum(p.numel() for p in params))
     start = time.perf_counter()
     with (
@@ -141,7 +139,7 @@ def _loss(model: nn.Module, teacher: nn.Module | None, tokens: Tensor) -> Tensor
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
-def _cosine(step: int, steps: int, warmup: float) -> float:
+def cosine(step: int, steps: int, warmup: float) -> float:
     ramp = max(1, int(warmup * steps))
     if step < ramp:
         return (step + 1) / ramp
