@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Observe(torch.autograd.Function):
@@ -25,3 +26,21 @@ class Observe(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.see(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
         return grad, None, None
+
+
+def watch(module: nn.Module, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `see` in every backward through a module of any kind, until the handle is removed.
+
+    A module whose output needs no gradient starts the graph there: nothing before it is
+    differentiated for its sake.
+    """
+
+    def hook(_: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        if not torch.is_grad_enabled():
+            return None
+        y = output if isinstance(output, Tensor) else output[0]
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        y = Observe.apply(y, args[0], see)
+        return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    return module.register_forward_hook(hook)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,17 +17,16 @@ from tqdm import tqdm
 from ..blocks import inference
 from ..evaluate import logits
 from ..nn.adapter import Adapter
+from .precision import training_precision
 from .resume import State, random_state
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass
 class TrainingReport:
     """losses: one per optimiser step (nats per token); tokens: predicted tokens seen.
 
-    blocks: what the block-wise stage did, {"name", "before", "after", "accepted"} of each block
-    since the run was last started, with errors against the dense block's output.
+    blocks: what the block-wise stage did, {"name", "before", "after", "accepted"} (BlockReport) of
+    each block since the run was last started.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -69,6 +68,7 @@ def train(
         at, rates = state.record["at"], state.record["rates"] or rates
         state.restore_optimiser(optimiser)
     device = params[0].device
+    autocast = training_precision(precision, device)
     start, before, whole = time.perf_counter(), report.seconds, True
 
     def save() -> None:
@@ -88,13 +88,13 @@ def train(
             while at < len(steps):
                 if state is not None and at and at % state.every == 0:
                     save()
-                loss = _loss(model, teacher, steps[at], precision)
+                loss = _loss(model, teacher, steps[at], autocast)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(params, clip)
                 value = loss.item()
                 finite = math.isfinite(value) and bool(norm.isfinite())
-                factor = _cosine(len(report.losses), len(steps), warmup)
+                factor = cosine(len(report.losses), len(steps), warmup)
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 whole = False
@@ -129,22 +129,13 @@ def cut(batches: Tensor | Iterable[Tensor], batch: int, epochs: int) -> list[Ten
     return steps
 
 
-def check_precision(precision: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16"; "auto" is the second where the device computes in it."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    tests = [getattr(torch.cpu, name, None) for name in names] if device.type == "cpu" else []
-    return "bfloat16" if any(test is not None and test() for test in tests) else "float32"
-
-
-def _loss(model: nn.Module, teacher: nn.Module | None, tokens: Tensor, precision: str) -> Tensor:
-    narrow = precision == "bfloat16"
-    with torch.autocast(tokens.device.type, torch.bfloat16) if narrow else nullcontext():
+def _loss(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    tokens: Tensor,
+    autocast: Callable[[], AbstractContextManager],
+) -> Tensor:
+    with autocast():
         out = logits(model, tokens)
         if teacher is not None:
             with torch.no_grad():
@@ -156,7 +147,7 @@ def _loss(model: nn.Module, teacher: nn.Module | None, tokens: Tensor, precision
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
-def _cosine(step: int, steps: int, warmup: float) -> float:
+def cosine(step: int, steps: int, warmup: float) -> float:
     ramp = max(1, int(warmup * steps))
     if step < ramp:
         return (step + 1) / ramp

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..nn.adapter import in_half
 from ..nn.lora import adapters, add_lora, lora_parameters, remove_lora
-from .loop import TrainingReport, check_precision, cut, train
+from .loop import TrainingReport, cut, train
+from .precision import training_precision
 from .resume import State, describe
 
 
@@ -49,7 +50,7 @@ def finetune_lora(
     params = lora_parameters(model)
     run = None
     try:
-        precision = check_precision(precision, params[0].device)
+        training_precision(precision, params[0].device)  # refuses a word it does not know
         if state is not None:
             settings = {
                 "mode": "lora", "lr": lr, "epochs": epochs, "batch": batch, "warmup": warmup,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import RBELinear
 from ..packed import round_to_half
-from .loop import TrainingReport, check_precision, cut, train
+from .loop import TrainingReport, cut, train
 from .lora import finetune_lora
+from .precision import training_precision
 from .resume import State, describe
 
 MODES = ("tables", "codes", "lora")
@@ -86,7 +89,7 @@ def finetune(
     if not params:
         raise ValueError("the model has no compressed layers to train; call compress first")
     steps = cut(batches, batch, epochs)
-    precision = check_precision(precision, params[0].device)
+    training_precision(precision, params[0].device)  # refuses a word it does not know
     run = None
     if state is not None:
         settings = {
@@ -103,7 +106,18 @@ def finetune(
         return report
     if blockwise and (run is None or run.stage in ("new", "blocks")):
         rows = _first(steps, block_windows)
-        _blockwise(model, teacher, rows, report, run, codes, block_steps, batch, progress)
+        _blockwise(
+            model,
+            teacher,
+            rows,
+            report,
+            run,
+            progress,
+            codes=codes,
+            steps=block_steps,
+            batch=batch,
+            precision=precision,
+        )
         params = table_parameters(model)
     groups = [
         {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
@@ -127,10 +141,8 @@ def _blockwise(
     batches: list[Tensor],
     report: TrainingReport,
     run: State | None,
-    codes: bool,
-    steps: int,
-    batch: int,
     progress: bool,
+    **options: Any,
 ) -> None:
     """The stage before the end-to-end one; its rows and its time go into the report."""
     from .blockwise import reconstruct
@@ -146,15 +158,13 @@ def _blockwise(
 
     try:
         found = reconstruct(
-            model, teacher, batches, codes=codes, steps=steps, batch=batch, progress=progress,
-            skip=tuple(done), after=after,
-        )  # fmt: skip
+            model, teacher, batches, skip=tuple(done), after=after, progress=progress, **options
+        )
     except KeyboardInterrupt:
         if run is None:
             raise
         raise KeyboardInterrupt(run.how_to_go_on) from None
-    names = ("name", "before", "after", "accepted")
-    report.blocks += [{name: getattr(b, name) for name in names} for b in found.blocks]
+    report.blocks += [asdict(block) for block in found.blocks]
     report.seconds = before + time.perf_counter() - start
     if run is not None:
         run.save("train", at=0, rates=None, report=report.to_json())
