@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = args.run(args)
             sys.stdout.flush()
             return code
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted: {stop}" if str(stop) else "interrupted")
         return 130
     except BrokenPipeError:
         # The reader has gone; keep the interpreter from complaining at exit.
@@ -71,6 +71,20 @@ def _eval(args: argparse.Namespace) -> int:
 
     found = evaluate_directory(args.directory, args.text, args.reference, args.context, args.tokens)
     _print(args, found.to_json(), lambda: show.evaluation(found))
+    return 0
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from .jobs import Calibration, Judge, finetune_directory
+
+    windows = args.windows if args.steps is None else args.steps * args.batch
+    judge = None if args.judge is None else Judge(args.judge, args.judge_tokens)
+    found = finetune_directory(
+        args.directory, args.target, Calibration(args.text, windows, args.context, args.seed),
+        args.teacher, args.mode, judge, args.state, lr=args.lr, batch=args.batch,
+        epochs=args.epochs, rank=args.rank, blockwise=args.blockwise, precision=args.precision,
+    )  # fmt: skip
+    _print(args, found.to_json(), lambda: show.training(found))
     return 0
 
 
@@ -150,6 +164,33 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--context", type=_context, default=256, help="tokens a window (default 256)")
     one.add_argument("--tokens", type=_count, default=65536, help="tokens to use (default 65536)")
 
+    one = verb("finetune", _finetune, "train a compressed model; an interrupted run goes on")
+    one.add_argument("directory", metavar="DIR", help="compressed model")
+    one.add_argument("target", metavar="OUT", help="directory to write")
+    one.add_argument("--text", metavar="FILE", required=True, help="text, plain or .xz")
+    one.add_argument("--teacher", metavar="DIR", help="dense model to come close to")
+    one.add_argument(
+        "--mode", choices=("tables", "codes", "lora"), default="tables",
+        help="tables and scales, codes too (needs --teacher), or adapters (default tables)",
+    )  # fmt: skip
+    size = one.add_mutually_exclusive_group()
+    size.add_argument("--windows", type=_count, default=512, help="of text (default 512)")
+    size.add_argument("--steps", type=_count, help="as many windows as N batches take")
+    one.add_argument("--context", type=_context, default=256, help="tokens a window (default 256)")
+    one.add_argument("--lr", type=_step, help="default 1e-3 of a table's size, for lora 2e-3")
+    one.add_argument("--batch", type=_count, default=8, help="windows a step (default 8)")
+    one.add_argument("--epochs", type=_count, default=1, help="times through (default 1)")
+    one.add_argument("--rank", type=_count, default=16, help="of adapters (default 16)")
+    one.add_argument("--blockwise", action="store_true", help="tables block by block first")
+    one.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="float32",
+        help="of the forward pass (default float32)",
+    )  # fmt: skip
+    one.add_argument("--state", metavar="DIR", help="where the run is kept (default OUT.state)")
+    one.add_argument("--judge", metavar="FILE", help="text to measure on before and after")
+    one.add_argument("--judge-tokens", type=_count, default=16384, help="default 16384")
+    one.add_argument("--seed", type=int, default=5, help="of the choice of windows (default 5)")
+
     one = verb("inspect", _inspect, "what is in a compressed file, and where it is damaged")
     one.add_argument("path", metavar="DIR_OR_FILE")
 
@@ -202,6 +243,13 @@ def _rate(text: str) -> float:
     return value
 
 
+def _learning_rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"the learning rate must be above 0 and finite, got {text!r}")
+    return value
+
+
 def _one_codec(text: str) -> str | Codec:
     return text if text in REGISTRY else make_codec(text)
 
@@ -228,6 +276,7 @@ def split(text: str) -> list[str]:
 _count = _argument(lambda text: _number(text, 1))
 _context = _argument(lambda text: _number(text, 2))
 _positive = _argument(_rate)
+_step = _argument(_learning_rate)
 _codec = _argument(_one_codec)
 _counts = _argument(lambda text: [_number(part, 1) for part in split(text)])
 _rates = _argument(lambda text: [_rate(part) for part in split(text)])

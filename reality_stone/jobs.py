@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,12 @@ from . import checkpoint, hf
 from .codecs import Codec
 from .compress import Report, compress
 from .evaluate import Evaluation, evaluate
+from .nn import lora
+from .training import TrainingReport, finetune
+from .training.resume import FILE as STATE
 
 PIECES = 40  # of calibration text that are read, 4 million characters
+ADAPTER = "adapter.safetensors"  # beside a packed model's own files
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def evaluate_directory(
     progress: bool = True,
 ) -> DirectoryEvaluation:
     """Perplexity of the model in `directory`, and its KL from the one in `reference`."""
-    model = hf.from_pretrained(directory)
+    model = load_directory(directory)
     dense = None if reference is None else hf.from_pretrained(reference)
     ids = hf.tokenize_file(hf.load_tokenizer(directory), text, tokens=tokens)
     used = ids.numel() // max(1, context) * context
@@ -103,6 +109,103 @@ def evaluate_directory(
             _known(one, ids, name)
     found = evaluate(model, ids, context, reference=dense, progress=progress)
     return DirectoryEvaluation(found, str(text), used)
+
+
+def load_directory(directory: str | os.PathLike[str]) -> nn.Module:
+    """The model of a dense or packed directory, with the adapters that stand in it."""
+    model = hf.from_pretrained(directory)
+    file = Path(directory) / ADAPTER
+    if file.is_file():
+        lora.load_adapter(model, file)
+    return model
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A text to measure on before and after, from its beginning."""
+
+    file: str
+    tokens: int = 16_384
+
+
+@dataclass(frozen=True)
+class DirectoryTraining:
+    """before, after: on the judge's text, None without one; KL from the teacher."""
+
+    target: str
+    mode: str
+    training: TrainingReport
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def finetune_directory(
+    directory: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    text: Calibration,
+    teacher: str | os.PathLike[str] | None = None,
+    mode: str = "tables",
+    judge: Judge | None = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> DirectoryTraining:
+    """Train the packed model in `directory` on windows of a text and save it as `target`.
+
+    With mode "lora" `target` gets the model as it was and `adapter.safetensors` beside it, which
+    `load_directory` puts on. The run is kept in `state` (default: target + ".state") until the
+    result is saved, and goes on from there. options: those of `finetune`.
+    """
+    goal = checkpoint.check_target(target)
+    if not hf.is_packed(directory):
+        raise ValueError(f"{directory}: this model is dense, compress it first")
+    if teacher is not None and hf.is_packed(teacher):
+        raise ValueError(f"{teacher}: the teacher must be a dense model, this one is compressed")
+    model = load_directory(directory)
+    if mode != "lora" and lora.adapters(model):
+        raise ValueError(f"{directory}: this model has adapters; train it in mode 'lora'")
+    tokenizer = hf.load_tokenizer(directory)
+    tokens = hf.tokenize_file(tokenizer, text.file, pieces=PIECES)
+    batches = text.windows(_known(model, tokens, directory))
+    judged = None
+    if judge is not None:
+        ids = hf.tokenize_file(tokenizer, judge.file, tokens=judge.tokens)
+        judged = _known(model, ids, directory)
+        if judged.numel() < text.context:
+            raise ValueError(f"{judge.file}: this is less than one window of {text.context} tokens")
+    dense = None if teacher is None else hf.from_pretrained(teacher)
+    if dense is not None:
+        _known(dense, batches, teacher)
+
+    def measure() -> Evaluation | None:
+        if judged is None:
+            return None
+        return evaluate(model, judged, text.context, reference=dense, progress=progress)
+
+    before = measure()
+    place = Path(state) if state is not None else goal.with_name(f"{goal.name}.state")
+    report = finetune(model, batches, dense, mode, state=place, progress=progress, **options)
+    after = measure()
+    _save(model, goal, directory, place)
+    return DirectoryTraining(str(target), mode, report, before, after)
+
+
+def _save(model: nn.Module, target: Path, source: str | os.PathLike[str], state: Path) -> None:
+    """The checkpoint, and the adapters beside it; then the state has had its day."""
+    adapted = bool(lora.adapters(model))
+    kept = state / ADAPTER
+    if adapted:
+        lora.save_adapter(model, kept)
+        lora.remove_lora(model)
+    checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
+    if adapted:
+        shutil.move(kept, target / ADAPTER)
+    (state / STATE).unlink(missing_ok=True)
+    if not any(state.iterdir()):
+        state.rmdir()
 
 
 def _known(model: nn.Module, tokens: Tensor, directory: str | os.PathLike[str] | None) -> Tensor:

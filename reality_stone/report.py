@@ -25,8 +25,18 @@ from .training import TrainingReport
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe: the model as measured after it, and how it was trained."""
+
+    name: str
+    evaluation: Evaluation
+    training: TrainingReport | None = None
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One model as it was measured; `compression` and `training` where it had them.
+    """One model as it was measured; `compression` and `training` where it had them, or `stages`
+    where it was trained in several.
 
     matrix_bytes: what is stored for the compressed matrices; file_bytes: the whole checkpoint.
     """
@@ -40,6 +50,7 @@ class Trial:
     text: str
     compression: Report | None = None
     training: TrainingReport | None = None
+    stages: Sequence[Stage] = ()
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,8 @@ def model_report(
     `details` (command, data, time) are shown beside the description of the machine.
     """
     dense, *others = trials
-    trained = [t for t in others if t.training is not None]
-    one_shot = [t for t in others if t.training is None]
+    trained = [t for t in others if t.training is not None or t.stages]
+    one_shot = [t for t in others if t not in trained]
     judged = dense.evaluation
     smallest = min(t.matrix_bytes for t in others)
     best = min(
@@ -144,10 +155,9 @@ def model_report(
         )
     ]
     for t in trained:
-        losses = t.training.losses
-        curve = [Series("loss of each step", list(enumerate(losses, 1)))]
-        note = f"{len(losses)} steps, {t.training.tokens:,} tokens, {t.training.seconds:.0f} s."
-        plots.append(line_plot(f"Training: {t.name}", curve, "step", "nats per token", note=note))
+        plots += training_sections(
+            t.name, t.stages or [Stage("training", t.evaluation, t.training)]
+        )
     compressions = {t.name: t.compression for t in one_shot if t.compression is not None}
     return html_report(
         path,
@@ -168,6 +178,53 @@ def model_report(
         facts("How and where this was measured", {**details, **machine()}),
         lead=lead,
     )
+
+
+def training_sections(name: str, stages: Sequence[Stage]) -> list[Section]:
+    """Losses of all stages one after the other, the blocks' before and after, and a table of what
+    was measured after each stage, where there are several."""
+    sections, curves, notes, at = [], [], [], 0
+    for stage in stages:
+        done = stage.training
+        if done is None:
+            continue
+        label = f"{stage.name}: " if len(stages) > 1 else ""
+        if done.losses or not done.blocks:
+            title = f"loss of each step, {stage.name}" if label else "loss of each step"
+            curves.append(Series(title, list(enumerate(done.losses, at + 1))))
+            notes.append(
+                f"{label}{len(done.losses)} steps, {done.tokens:,} tokens, {done.seconds:.0f} s."
+            )
+            at += len(done.losses)
+        if done.blocks:
+            kept = [b["after"] if b["accepted"] else b["before"] for b in done.blocks]
+            sections.append(
+                line_plot(
+                    f"Block by block: {name}" + (f", {stage.name}" if label else ""),
+                    [
+                        Series("before", list(enumerate((b["before"] for b in done.blocks), 1))),
+                        Series("after", list(enumerate(kept, 1))),
+                    ],
+                    "block",
+                    "loss on held-out calls",
+                )
+            )
+    if curves:
+        note = " ".join(notes)
+        sections.append(line_plot(f"Training: {name}", curves, "step", "nats per token", note=note))
+    if len(stages) > 1:
+        rows = [
+            (
+                stage.name,
+                f"{stage.evaluation.perplexity:.3f}",
+                "" if stage.evaluation.kl is None else f"{stage.evaluation.kl:.5f}",
+                "" if stage.training is None else f"{stage.training.seconds:.0f}",
+            )
+            for stage in stages
+        ]
+        columns = ("after stage", "perplexity", "KL", "seconds")
+        sections.append(table(f"Stages: {name}", columns, rows))
+    return sections
 
 
 def table(
@@ -274,7 +331,7 @@ def line_plot(
     for i, s in enumerate(series):
         drawn += frame.series(i, s)
     legend = "".join(
-        f"<li><svg viewBox='0 0 20 12' aria-hidden=true class=s{i}>{_mark(i, 10, 6)}</svg>"
+        f"<li><svg viewBox='0 0 20 12' aria-hidden=true class=s{i % 3}>{_mark(i, 10, 6)}</svg>"
         f"{escape(s.name)}</li>"
         for i, s in enumerate(series)
     )
@@ -417,7 +474,7 @@ class _Frame:
                     f'<text x="{x + shift:.1f}" y="{y + side:.1f}" text-anchor={end}>'
                     f"{value:.4g}</text>"
                 )
-        return f"<g class=s{index}>{drawn}</g>"
+        return f"<g class=s{index % 3}>{drawn}</g>"
 
 
 STYLE = """

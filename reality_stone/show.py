@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .compare import Row, Skipped
     from .doctor import Diagnosis
     from .inspection import Contents
-    from .jobs import DirectoryEvaluation
+    from .jobs import DirectoryEvaluation, DirectoryTraining
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -63,6 +63,28 @@ def evaluation(found: DirectoryEvaluation) -> str:
     if e.kl is not None:
         lines.append(f"KL          {e.kl:.5f} nats per token from the reference")
     return "\n".join([*lines, f"time        {e.seconds:.1f} s", f"protocol    {found.protocol}"])
+
+
+def training(found: DirectoryTraining) -> str:
+    done = found.training
+    lines = []
+    if done.blocks:
+        kept = sum(block["accepted"] for block in done.blocks)
+        lines.append(f"blocks      {kept} of {len(done.blocks)} are better than before")
+    if done.losses:
+        tenth = max(1, len(done.losses) // 10)
+        first, last = (sum(part) / tenth for part in (done.losses[:tenth], done.losses[-tenth:]))
+        lines.append(
+            f"loss        {first:.4f} to {last:.4f} in {len(done.losses)} steps, "
+            f"{done.tokens:,} tokens"
+        )
+    if done.skipped:
+        lines.append(f"skipped     {done.skipped} steps that were not finite")
+    if found.before is not None and found.after is not None:
+        lines.append(f"perplexity  {found.before.perplexity:.3f} to {found.after.perplexity:.3f}")
+        if found.after.kl is not None:
+            lines.append(f"KL          {found.before.kl:.5f} to {found.after.kl:.5f}")
+    return "\n".join([*lines, f"time        {done.seconds:.1f} s", f"saved       {found.target}"])
 
 
 def contents(found: Contents) -> str:

@@ -165,12 +165,6 @@ class State:
                     f"there, {_said(ours)} now; set it back, or use another directory for the state"
                 )
 
-    def remove(self) -> None:
-        """Delete the file, and the directory if nothing else is in it."""
-        self.path.unlink(missing_ok=True)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
-
 
 def describe(
     model: nn.Module, steps: list[Tensor], teacher: nn.Module | None, *, codes_move: bool

@@ -141,7 +141,6 @@ def _blockwise(
     batches: list[Tensor],
     report: TrainingReport,
     run: State | None,
-    progress: bool,
     **options: Any,
 ) -> None:
     """The stage before the end-to-end one; its rows and its time go into the report."""
@@ -157,9 +156,7 @@ def _blockwise(
             run.save("blocks", done=done, report=report.to_json())
 
     try:
-        found = reconstruct(
-            model, teacher, batches, skip=tuple(done), after=after, progress=progress, **options
-        )
+        found = reconstruct(model, teacher, batches, skip=tuple(done), after=after, **options)
     except KeyboardInterrupt:
         if run is None:
             raise
