@@ -1,4 +1,4 @@
-"""Compress the language model to 2 bits and bring it back in stages: tables, blocks, codes, LoRA."""
+"""Compress the language model to 2 bits and train it: tables, blocks, codes, adapters."""
 
 import argparse
 import copy
