@@ -110,6 +110,32 @@ def test_every_plot_says_its_numbers_in_words(page):
     assert "0.125 at 3" in training
 
 
+def test_the_stages_of_a_recipe_are_drawn_and_tabled(tmp_path):
+    rows = [
+        {"name": "b.0", "before": 0.5, "after": 0.25, "accepted": True},
+        {"name": "b.1", "before": 0.75, "after": 0.875, "accepted": False},
+    ]
+    stages = [
+        report.Stage("one shot", Evaluation(43.9, 0.047, 65_280, 256, 8.0)),
+        report.Stage(
+            "codes", Evaluation(43.1, 0.03, 65_280, 256, 8.0),
+            TrainingReport([0.5, 0.25], 99, seconds=7.0, blocks=rows),
+        ),
+        report.Stage("tables", Evaluation(42.9, None, 65_280, 256, 8.0), TrainingReport([0.125])),
+    ]  # fmt: skip
+    trials = [trial("dense", 16, 42.2), trial("2 bits", 2.07, 42.9, stages=stages)]
+    report.model_report(tmp_path / "p.html", "Page", trials, "The house", {})
+    page = Page((tmp_path / "p.html").read_text(encoding="utf-8"))
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
+    _, blocks, losses = labels
+    # A block that was put back is as it was.
+    assert "before: 0.5 at 1, 0.75 at 2; after: 0.25 at 1, 0.75 at 2" in blocks
+    assert "codes: 0.5 at 1, 0.25 at 2" in losses
+    assert "tables: 0.125 at 3" in losses
+    for words in ("Stages: 2 bits", "43.900", "0.04700", "42.900", "after stage"):
+        assert words in page.text
+
+
 def test_the_heat_map_colours_by_the_error(page):
     heats = [float(h) for h in re.findall(r"--heat:([\d.]+)", page)]
     assert len(heats) == 2 * len(LAYERS)

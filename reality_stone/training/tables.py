@@ -107,17 +107,9 @@ def finetune(
     if blockwise and (run is None or run.stage in ("new", "blocks")):
         rows = _first(steps, block_windows)
         _blockwise(
-            model,
-            teacher,
-            rows,
-            report,
-            run,
-            progress,
-            codes=codes,
-            steps=block_steps,
-            batch=batch,
-            precision=precision,
-        )
+            model, teacher, rows, report, run, codes=codes, steps=block_steps, batch=batch,
+            precision=precision, progress=progress,
+        )  # fmt: skip
         params = table_parameters(model)
     groups = [
         {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
