@@ -173,9 +173,11 @@ def test_a_run_that_is_killed_at_random_steps_and_in_a_save_ends_as_if_never_kil
                     os.kill(os.getpid(), signal.SIGKILL)
                 tensorfile.write = write
             elif kill:
-                dense.register_forward_pre_hook(
-                    lambda *_, left=[kill]: left.append(left.pop() - 1)
-                    or left[0] or os.kill(os.getpid(), signal.SIGKILL))
+                count = iter(range(1, 1000))
+                def hook(*_):
+                    if next(count) == kill:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                dense.register_forward_pre_hook(hook)
             report = t.finetune(packed, dense, state=state, **t.OPTIONS["codes"])
             with open(f"{where}/{'whole' if state is None else 'killed'}.json", "w") as file:
                 json.dump([report.losses, [p.tolist() for p in packed.parameters()]], file)
@@ -192,10 +194,10 @@ def test_a_run_that_is_killed_at_random_steps_and_in_a_save_ends_as_if_never_kil
             return os.waitpid(pid, 0)[1]
 
         assert run(None, None) == 0
-        ends = [run(where + "/state", kill) for kill in
-                [chance.randint(12, 18), "save", chance.randint(3, 6), None]]
-        print(ends)
-        assert ends == [signal.SIGKILL] * 3 + [0], ends
+        # The blocks take 20 passes of the teacher, the steps one each.
+        kills = [chance.randint(22, 28), "save", chance.randint(1, 3), None]
+        ends = [run(where + "/state", kill) for kill in kills]
+        assert ends == [signal.SIGKILL] * 3 + [0], (kills, ends)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(random.randrange(999))],
