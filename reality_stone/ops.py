@@ -364,6 +364,13 @@ def best_isa() -> str:
     return _C.best_isa() if compiled() else "reference"
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether torch multiplies bfloat16 on this device in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def huge_pages(tensor: Tensor) -> Tensor:
     """Ask for 2 MB pages under a large CPU tensor, in place: products stream it faster."""
     if compiled() and tensor.device.type == "cpu" and tensor.nbytes >= 2 << 20:
