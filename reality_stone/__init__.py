@@ -1,6 +1,6 @@
 """Reality Stone: trainable compressed layers for PyTorch."""
 
-from . import derivative, metrics, nn, quantizers, reference  # noqa: F401  (reference registers kernels)
+from . import derivative, metrics, nn, optim, quantizers, reference  # noqa: F401  (reference registers kernels)
 from .checkpoint import load, save
 from .codecs import Codec, codec, codecs
 from .compress import Report, compress
@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs",
     "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
-    "kl_divergence", "load", "metrics", "nn", "perplexity", "quantizers", "replace", "save",
+    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "quantizers", "replace",
+    "save",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(reality_stone.__file__).parent
 # Bottom first. Modules that are not here stand on all of these.
 FLOORS = [
     "ops", "packed", "metrics", "feedback", "fitting", "codecs", "derivative", "quantizers",
-    "reference", "tensorfile", "nn",
+    "reference", "tensorfile", "nn", "optim",
 ]  # fmt: skip
 # Imported only when asked: nothing of the library stands on them.
 OUTER = {"hf", "peft", "report", "compare", "bench", "doctor", "cli", "__main__"}
