@@ -1,7 +1,6 @@
 """Code descent on one layer of the shipped model: from codes rounded one by one to better ones."""
 
 import argparse
-import time
 from pathlib import Path
 
 import novels
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 import reality_stone as rs
 from reality_stone.nn import RBELinear
 
-CODECS = ("uniform(bits=2, group=32)", "cyclic", "palette", "trellis")
+CODECS = ("uniform(bits=2, group=32)", "cyclic", "palette(bits=2)", "trellis(bits=2)")
 
 
 def inputs(model: nn.Module, name: str, windows: int) -> Tensor:
@@ -61,18 +60,17 @@ def main() -> None:
     x = inputs(model, name, args.windows)
     curves = {}
     for codec in CODECS:
-        start = time.perf_counter()
         curve = curves[codec] = descend(dense, codec, x, args)
-        seconds = time.perf_counter() - start
-        print(f"{name} {codec:28} {curve[0]:.4f} -> {curve[-1]:.4f}  ({seconds:.1f} s)")
+        print(f"{name} {codec:28} {curve[0]:.4f} -> {curve[-1]:.4f}")
     from matplotlib import pyplot
 
+    figure, axes = pyplot.subplots(layout="constrained")
     for codec, curve in curves.items():
-        pyplot.plot(curve, label=codec)
-    pyplot.gca().set(xlabel="trial", ylabel="error of the output", yscale="log")
-    pyplot.legend()
+        axes.plot([e / curve[0] for e in curve], label=f"{codec}, from {curve[0]:.3f}")
+    axes.set(xlabel="trial", ylabel="held-out error of the output over that of the first codes")
+    axes.legend(loc="upper right")
     Path("out").mkdir(exist_ok=True)
-    pyplot.savefig("out/code_descent.png")
+    figure.savefig("out/code_descent.png")
 
 
 if __name__ == "__main__":
