@@ -158,6 +158,14 @@ def test_codes_follow_the_inputs_seen_with_a_hessian():
     assert walk.relative(layer.hessian, want) < 0.05  # the mean of all batches while they are few
 
 
+def test_the_moment_of_inputs_is_gathered_in_float32_under_autocast():
+    layer = TrainableRBELinear.from_linear(dense(), "trellis(bits=2)", hessian=True)
+    x = walk.gaussian(50, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert walk.relative(layer.hessian, x.t() @ x / 50) < 1e-6  # float32 sums
+
+
 def test_the_quantization_loss_is_the_mean_squared_difference_and_pulls_weights_to_codes():
     model = nn.Sequential(dense(), nn.Tanh(), nn.Linear(24, 10))
     training.latent(model, "uniform(bits=2)")

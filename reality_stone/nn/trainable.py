@@ -221,7 +221,8 @@ class TrainableRBELinear(nn.Module):
     def _gather(self, x: Tensor) -> None:
         x = x.reshape(-1, self.in_features).to(self.hessian.dtype)
         share = max(1 / MEMORY, 1 / (self.steps + 1))
-        self.hessian.lerp_(x.t() @ x / len(x), share)
+        with torch.autocast(x.device.type, enabled=False):  # it would narrow the product
+            self.hessian.lerp_(x.t() @ x / len(x), share)
 
     def _forget(self) -> None:
         self._version: int | None = None  # of the weight at the last training forward
