@@ -83,6 +83,17 @@ def _tokenize(texts: str | Sequence[str], tokenizer: Any, context: int) -> Tenso
     return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
 
 
+def to_device(calls: Sequence[Call], device: torch.device) -> None:
+    """Move the tensors among the calls' arguments, in place."""
+    for call in calls:
+        call.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in call.args)
+
+
+def inside(name: str, block: str) -> bool:
+    """Whether a module is a block or within it; "" is the whole model."""
+    return not block or name == block or name.startswith(block + ".")
+
+
 def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
     """Names of the repeated blocks that hold the most target weights, or [""]: the whole model."""
     best, most = [""], 0
@@ -91,9 +102,7 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]
             continue
         children = [f"{name}.{i}" if name else i for i, _ in module.named_children()]
         size = sum(
-            t.weight.numel()
-            for n, t in targets.items()
-            if any(n == c or n.startswith(c + ".") for c in children)
+            t.weight.numel() for n, t in targets.items() if any(inside(n, c) for c in children)
         )
         if size > most:
             best, most = children, size
@@ -120,10 +129,11 @@ def stages(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> Ite
         ]
         yield Stage(name, block, current)
         if i + 1 < len(blocks):
-            hidden = [_first(call.on(block)) for call in current]
+            hidden = [first_output(call.on(block)) for call in current]
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """A module's hidden states, whether they come alone or first of several."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -152,7 +162,7 @@ def _block_calls(
             isinstance(output, tuple) and isinstance(output[0], Tensor)
         ):
             raise _Stop
-        previous = _first(output)
+        previous = first_output(output)
         if module is blocks[-1]:
             raise _Stop
 

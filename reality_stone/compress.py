@@ -21,7 +21,9 @@ from .blocks import (
     find_blocks,
     inference,
     input_hessian,
+    inside,
     stages,
+    to_device,
 )
 from .codecs import REGISTRY, Codec
 from .codecs import codec as make_codec
@@ -262,17 +264,11 @@ class _Job:
 def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list) -> None:
     model = job.model
     device = next(model.parameters()).device
-    for call in calls:
-        call.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in call.args)
+    to_device(calls, device)
     blocks = find_blocks(model, targets)
-    inside = {n for n in targets if any(not b or n == b or n.startswith(b + ".") for b in blocks)}
+    covered = {n for n in targets if any(inside(n, b) for b in blocks)}
     for stage in stages(model, blocks, calls):
-        prefix = stage.name + "." if stage.name else ""
-        here = {
-            n: m
-            for n, m in targets.items()
-            if n in inside and (n == stage.name or n.startswith(prefix))
-        }
+        here = {n: m for n, m in targets.items() if n in covered and inside(n, stage.name)}
         if not here:
             continue
         for group in execution_groups(stage, here):
@@ -282,5 +278,5 @@ def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list) -> Non
                 if name == stage.name:  # a block that is itself a layer
                     stage.module = model.get_submodule(name)
     for name in targets:  # before or after the blocks: the rest of a model that is mostly blocks
-        if name not in inside:
+        if name not in covered:
             job.replace(name, input_hessian(Stage("", model, calls), targets[name]))

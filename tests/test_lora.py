@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import walk
+from models import bigrams
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -410,24 +411,9 @@ def test_a_checkpoint_refuses_adapters_and_loads_under_them(tmp_path):
 # --- training -------------------------------------------------------------------------------------
 
 
-class Bigram(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.body = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
-        self.head = nn.Linear(64, 32)
-
-    def forward(self, tokens):
-        return self.head(self.body(self.embed(tokens)))
-
-
 @pytest.fixture
 def models():
-    torch.manual_seed(0)
-    teacher, model = Bigram().eval(), Bigram().eval()
-    model.load_state_dict(teacher.state_dict())
-    rs.compress(model, bits=2, codec="uniform", progress=False)
-    return teacher, model
+    return bigrams()
 
 
 def test_training_adapters_brings_the_model_closer_and_changes_nothing_else(models):

@@ -25,15 +25,18 @@ from ..blocks import (
     calls_from,
     execution_groups,
     find_blocks,
+    first_output,
     inference,
     input_hessian,
+    inside,
     stages,
+    to_device,
 )
 from ..curvature import frozen, output_curvature
 from ..feedback import OUTPUT_DAMPING
 from ..nn import RBELinear
 from ..packed import Packed, round_to_half
-from .loop import cosine
+from .loop import cosine, relative
 from .precision import training_precision
 from .tables import table_parameters
 
@@ -98,8 +101,7 @@ def reconstruct(
     _check(layers, teacher)
     calls = calls_from(calibration, batch)
     device = next(model.parameters()).device
-    for call in calls:
-        call.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in call.args)
+    to_device(calls, device)
     names = find_blocks(model, layers)
     report, start = ReconstructionReport(), time.perf_counter()
     with ExitStack() as stack:
@@ -114,7 +116,7 @@ def reconstruct(
         cost = output_curvature(teacher, measured, wanted, seed=seed, progress=progress)
         pairs = zip(stages(model, names, calls), stages(teacher, names, calls), strict=True)
         for mine, dense in pairs:
-            here = {n: m for n, m in layers.items() if _inside(n, mine.name)}
+            here = {n: m for n, m in layers.items() if inside(n, mine.name)}
             bar.set_postfix_str(mine.name)
             if here and mine.name not in skip:
                 work = _Block(mine, dense, here, cost, seed, training_precision(precision, device))
@@ -140,17 +142,13 @@ def _check(layers: dict[str, RBELinear], teacher: nn.Module) -> None:
             )
 
 
-def _inside(name: str, block: str) -> bool:
-    return not block or name == block or name.startswith(block + ".")
-
-
 class _Block:
     """One block at work: what goes in, what should come out, and how errors are weighed."""
 
     def __init__(self, mine: Stage, dense: Stage, layers, cost, seed: int, autocast):
         self.stage, self.layers, self.cost, self.autocast = mine, layers, cost, autocast
         with torch.no_grad():
-            self.goals = [_first(call.on(dense.module)).float() for call in dense.calls]
+            self.goals = [first_output(call.on(dense.module)).float() for call in dense.calls]
         metric = cost.get(mine.name)
         if metric is not None:
             metric = metric.to(self.goals[0].device)
@@ -216,11 +214,7 @@ class _Block:
 
     def train(self, weights: Sequence[nn.Parameter], steps: int) -> None:
         """`steps` of Adam on these dense weights and on the tables of layers that have codes."""
-        groups = [
-            {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
-            for lr, params in ((TABLE_LR, self.tables()), (WEIGHT_LR, weights))
-            for p in params
-        ]
+        groups = relative(self.tables(), TABLE_LR) + relative(weights, WEIGHT_LR)
         params = [group["params"][0] for group in groups]
         if not params:
             return
@@ -250,7 +244,7 @@ class _Block:
 
     def loss(self, i: int) -> Tensor:
         with self.autocast():
-            y = _first(self.stage.calls[i].on(self.stage.module))
+            y = first_output(self.stage.calls[i].on(self.stage.module))
         error = (y.float() - self.goals[i]).flatten(0, -2)
         weighed = error if self.metric is None else error @ self.metric
         return (weighed * error).sum(-1).mean() / 2
@@ -266,10 +260,6 @@ class _Block:
             return
         parent, _, leaf = inner.rpartition(".")
         setattr(self.stage.module.get_submodule(parent), leaf, module)
-
-
-def _first(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _rows(call: Call) -> int:

@@ -147,6 +147,14 @@ def _loss(
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
+def relative(params: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Parameter groups whose steps are `lr` of each parameter's root mean square."""
+    return [
+        {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
+        for p in params
+    ]
+
+
 def cosine(step: int, steps: int, warmup: float) -> float:
     ramp = max(1, int(warmup * steps))
     if step < ramp:

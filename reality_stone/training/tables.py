@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import RBELinear
 from ..packed import round_to_half
-from .loop import TrainingReport, cut, train
+from .loop import TrainingReport, cut, relative, train
 from .lora import finetune_lora
 from .precision import training_precision
 from .resume import State, describe
@@ -111,12 +111,8 @@ def finetune(
             precision=precision, progress=progress,
         )  # fmt: skip
         params = table_parameters(model)
-    groups = [
-        {"params": [p], "lr": lr * max(1e-8, p.detach().square().mean().sqrt().item())}
-        for p in params
-    ]
     train(
-        model, groups, steps, teacher, warmup=warmup, clip=clip, progress=progress,
+        model, relative(params, lr), steps, teacher, warmup=warmup, clip=clip, progress=progress,
         precision=precision, state=run, report=report,
     )  # fmt: skip
     with torch.no_grad():
