@@ -34,7 +34,8 @@ def main() -> None:
         fuzz(args)
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        failed = [n for n, ok in zip(NAMES, pool.map(lambda n: child(n, args), NAMES)) if not ok]  # noqa: B905
+        clean = list(pool.map(lambda name: child(name, args), NAMES))
+    failed = [name for name, ok in zip(NAMES, clean, strict=True) if not ok]
     if failed:
         raise SystemExit(f"found something: {', '.join(failed)}; inputs are in {args.keep}")
 
