@@ -54,7 +54,7 @@ class Sliced:
         style, mesh = self.style, self.mesh
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [style.input_layouts], run_check=False)
-        x = x.redistribute(placements=[style.taken]).to_local(grad_placements=[style.returned])
+        x = x.redistribute(placements=[style.taken]).to_local(grad_placements=style.returned)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -73,7 +73,7 @@ class Sliced:
 class _CodesStyle(ParallelStyle):
     side: ClassVar[Side]
     taken: ClassVar[Placement]  # how the layer wants its input,
-    returned: ClassVar[Placement]  # has the gradient of it
+    returned: ClassVar[list[Placement] | None]  # has the gradient of it (None: the same way)
     given: ClassVar[Placement]  # and its output,
     usual: ClassVar[Placement]  # which the default passes on like this
 
@@ -115,7 +115,7 @@ class ColwiseCodes(_CodesStyle):
     """
 
     side = "column"
-    taken, returned, given = Replicate(), Partial(), Shard(-1)
+    taken, returned, given = Replicate(), [Partial()], Shard(-1)
     usual = Shard(-1)
 
 
@@ -124,7 +124,7 @@ class RowwiseCodes(_CodesStyle):
     products are summed over the ranks. Otherwise as ColwiseCodes."""
 
     side = "row"
-    taken, returned, given = Shard(-1), Shard(-1), Partial()
+    taken, returned, given = Shard(-1), None, Partial()
     usual = Replicate()
 
 
