@@ -16,6 +16,7 @@ from reality_stone.nn import RBELinear
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RANKS = 2
 STEPS = 3
+IMPORTS = ["reality_stone.parallel", "transformers.models.llama.modeling_llama"]
 # Float32 sums of some thousand terms in another order, through two blocks and three steps.
 SUMS = 1e-5
 BLOCK = "model.layers.*."
@@ -88,20 +89,22 @@ def code_bytes(model) -> int:
 # --- what each rank does; everything that is compared comes back in a dictionary ---
 
 
-def ddp(rank, folder) -> dict:
-    model = packed(folder)
+def ddp(rank, folder, change=lambda model: model) -> dict:
+    model = change(packed(folder))
     if rank:  # what a rank starts with is overwritten
-        for layer in model.modules():
-            if isinstance(layer, RBELinear):
-                layer.codes.zero_()
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        spoilt(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
     return train(wrapped, tokens().chunk(RANKS)[rank]) | {"state": model.state_dict()}
+
+
+def ddp_parameters(rank, folder) -> dict:
+    return ddp(rank, folder, parallel.codes_as_parameters)
 
 
 def sharded(model):
     from torch.distributed.fsdp import fully_shard
 
-    parallel.shard_codes(model)
+    parallel.codes_as_parameters(model)
     for block in model.model.layers:
         fully_shard(block)
     return fully_shard(model)
@@ -148,8 +151,8 @@ def fsdp(rank, folder) -> dict:
 def spoilt(model):
     """Nothing of what is about to be loaded is there before."""
     with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
+        for t in model.state_dict().values():
+            t.zero_()
     return model
 
 
@@ -159,7 +162,7 @@ def mixed_precision(rank, folder) -> dict:
     layer = packed(folder).model.layers[0].mlp.up_proj
     rounded = packed(folder).model.layers[0].mlp.up_proj.bfloat16()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    fully_shard(parallel.shard_codes(layer), mp_policy=policy)
+    fully_shard(parallel.codes_as_parameters(layer), mp_policy=policy)
     x = walk.gaussian(3, 256)
     with torch.no_grad():
         return {"got": layer(x), "want": rounded(x.bfloat16())}
@@ -198,7 +201,7 @@ def tensor_parallel(rank, folder) -> dict:
     return found
 
 
-CHECKS = (ddp, fsdp, mixed_precision, tensor_parallel)
+CHECKS = (ddp, ddp_parameters, fsdp, mixed_precision, tensor_parallel)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -238,12 +241,15 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(one):
     folder = one["folder"]
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
+    # One process imports for both ranks: that is most of their time.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
+    torch.multiprocessing.start_processes(
+        worker, (str(folder),), nprocs=RANKS, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def assert_trained_alike(got: dict, one: dict, share: int = 1) -> None:
-    """share: of how many ranks' losses the whole batch's is the mean."""
+def assert_trained_alike(got: dict, one: dict) -> None:
     for part in ("gradients", "state"):
         assert got[part].keys() == one[part].keys()
         for name, want in one[part].items():
@@ -263,7 +269,7 @@ def same_files(a, b) -> bool:
     return all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
 
 
-@pytest.mark.parametrize("check", ["ddp", "fsdp", "tensor_parallel"])
+@pytest.mark.parametrize("check", ["ddp", "ddp_parameters", "fsdp", "tensor_parallel"])
 def test_two_ranks_train_as_one_process_does(one, ranks, check):
     for rank in ranks:
         assert_trained_alike(rank[check], one)
@@ -303,9 +309,6 @@ def test_one_process_loads_the_distributed_checkpoint_of_two_ranks(one, ranks, s
     from torch.distributed import checkpoint as dcp
 
     model = spoilt(packed(one["folder"]))
-    for layer in model.modules():
-        if isinstance(layer, RBELinear):
-            layer.codes.zero_()
     state = model.state_dict()
     dcp.load(state, checkpoint_id=str(one["folder"] / saved))
     model.load_state_dict(state)
@@ -419,7 +422,7 @@ def test_codes_that_are_parameters_keep_names_values_ties_and_training():
     x = walk.gaussian(2, 128)
     want = model[0](x)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert parallel.shard_codes(model) is model
+    assert parallel.codes_as_parameters(model) is model
     assert model[1].codes is model[0].codes
     assert {m.codes.dtype for m in model} == {torch.uint8}
     assert not dict(model.named_buffers())

@@ -19,13 +19,14 @@ from .slices import piece
 from .styles import Sliced
 
 
-def shard_codes(model: nn.Module) -> nn.Module:
+def codes_as_parameters(model: nn.Module) -> nn.Module:
     """Make the codes of all compressed layers frozen uint8 parameters, in place; returns the model.
 
-    `fully_shard` then divides them by rows of tiles, holds 1/ranks of them between passes and
-    gathers them as bytes, whatever its mixed precision. Call it before `fully_shard`, and let one
-    `fully_shard` hold all layers that share a table (`ultra(codebook=model)`): two would each
-    train a table of their own. Names and values in the state dict stay.
+    Call it before `fully_shard` or DistributedDataParallel. `fully_shard` then divides the codes by
+    rows of tiles and gathers them as bytes for each pass, whatever its mixed precision; DDP sends
+    them once, not with every pass. Let one `fully_shard` hold all layers that share a table
+    (`ultra(codebook=model)`): two would each train a table of their own. The state dict keeps its
+    names and values; the layers take no other codec (`recode`) any more.
     """
     made: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for module in model.modules():
