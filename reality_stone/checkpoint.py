@@ -123,6 +123,12 @@ def _tensors(
     model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"tensor {name!r} is divided over ranks: save inside `with "
+                "reality_stone.parallel.gathered(model):`"
+            )
     packed: dict[str, Tensor] = {}
     for entry in plan:
         if getattr(model.get_submodule(entry.name), "adapter", None) is not None:

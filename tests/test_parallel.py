@@ -122,7 +122,10 @@ def fsdp(rank, folder) -> dict:
     found = {"whole bytes": code_bytes(model)}
     sharded(model)
     found["bytes"] = code_bytes(model)
-    found["text"] = repr(model)  # must not wait for the other rank
+    if not rank:  # must not wait for the other
+        found["text"] = repr(model)
+        with pytest.raises(ValueError, match=r"is divided over ranks: save inside .*gathered"):
+            rs.save(model, f"{folder}/divided")
     with parallel.gathered(model):
         if not rank:
             rs.save(model, f"{folder}/gathered")
@@ -186,7 +189,7 @@ def tensor_parallel(rank, folder) -> dict:
     layers = [(a.packed, b.packed) for a, b in layers if isinstance(a, RBELinear)]
     found = {
         "bytes": code_bytes(model),
-        "text": repr(model),
+        "text": "" if rank else repr(model),
         "read": all(torch.equal(a.codes, b.codes) for a, b in layers),
         "logits": logits(model),
         "logits of read": logits(read),
@@ -201,7 +204,38 @@ def tensor_parallel(rank, folder) -> dict:
     return found
 
 
-CHECKS = (ddp, ddp_parameters, fsdp, mixed_precision, tensor_parallel)
+def sequence_parallel(rank, folder) -> dict:
+    """Positions (dimension 1) are divided outside the two layers, features between them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    with torch.device("meta"):
+        model = two_layers()
+    plan = {
+        "0": parallel.ColwiseCodes(input_layouts=Shard(1)),
+        "2": parallel.RowwiseCodes(output_layouts=Shard(1), use_local_output=False),
+    }
+    parallel.load(model, f"{folder}/mlp", mesh, plan)
+    x = walk.gaussian(3, 4, 128).chunk(RANKS, 1)[rank].requires_grad_()
+    y = model(x)
+    assert isinstance(y, DTensor)
+    y.to_local().square().sum().backward()
+    with parallel.gathered(model):
+        table = model[0].weight
+    grads = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in named(model)}
+    return {"y": y.to_local().detach(), "x": x.grad, "gradients": grads, "weight": table}
+
+
+def named(model):
+    return list(model.named_parameters())
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128))
+
+
+CHECKS = (ddp, ddp_parameters, fsdp, mixed_precision, tensor_parallel, sequence_parallel)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -231,6 +265,10 @@ def one(tmp_path_factory):
     mlp = [("*.mlp.*", "trellis(bits=2, search=fast)")]
     rs.compress(model, codec="uniform(bits=4, group=64)", plan=mlp, progress=False)
     rs.save(model, folder / "packed")
+    torch.manual_seed(0)
+    small = two_layers()
+    rs.compress(small, codec="uniform(bits=4, group=64)", progress=False)
+    rs.save(small, folder / "mlp")
     model = packed(folder)
     with rs.accuracy("exact"):
         found = {"folder": folder, "logits": logits(model), "bytes": code_bytes(model)}
@@ -310,7 +348,7 @@ def test_one_process_loads_the_distributed_checkpoint_of_two_ranks(one, ranks, s
 
     model = spoilt(packed(one["folder"]))
     state = model.state_dict()
-    dcp.load(state, checkpoint_id=str(one["folder"] / saved))
+    dcp.load(state, checkpoint_id=str(one["folder"] / saved), no_dist=True)
     model.load_state_dict(state)
     with rs.accuracy("exact"):
         got = logits(model)
@@ -329,6 +367,21 @@ def test_tensor_parallel_ranks_compute_what_one_process_does(one, ranks):
         assert walk.relative(rank["tensor_parallel"]["logits"], one["logits"]) < SUMS
 
 
+def test_layouts_other_than_the_usual_give_the_same_values_and_gradients(one, ranks):
+    model = rs.load(two_layers(), one["folder"] / "mlp")
+    x = walk.gaussian(3, 4, 128).requires_grad_()
+    with rs.accuracy("exact"):
+        y = model(x)
+        y.square().sum().backward()
+    for number, rank in enumerate(ranks):
+        found = rank["sequence_parallel"]
+        assert walk.relative(found["y"], y.detach().chunk(RANKS, 1)[number]) < SUMS
+        assert walk.relative(found["x"], x.grad.chunk(RANKS, 1)[number]) < SUMS
+        assert walk.same_bits(found["weight"], model[0].weight)
+        for name, p in model.named_parameters():
+            assert walk.relative(found["gradients"][name], p.grad) < SUMS, name
+
+
 def test_ranks_that_load_their_slices_have_what_slicing_a_loaded_model_gives(ranks):
     for rank in ranks:
         found = rank["tensor_parallel"]
@@ -339,79 +392,6 @@ def test_ranks_that_load_their_slices_have_what_slicing_a_loaded_model_gives(ran
 def test_a_divided_model_is_printed_without_asking_the_other_ranks(ranks):
     assert "codec=trellis(bits=2" in ranks[0]["fsdp"]["text"]
     assert "SlicedRBELinear" in ranks[0]["tensor_parallel"]["text"]
-
-
-# --- slices, in one process ---
-
-
-def rest_has_long_tiles(codec, at: int) -> bool:
-    """Whether a second term has tiles that a cut in the middle of 256 would divide."""
-    tiles = [term["tile"][at] for term in rs.ops.describe(codec.spec, (256, 256))[1:]]
-    return any(128 % size for size in tiles)
-
-
-@pytest.mark.parametrize("codec", walk.ALL, ids=walk.spec)
-def test_slices_decode_to_the_bits_of_the_whole_or_are_refused(codec):
-    whole = walk.random_layer(codec, (256, 256))
-    for at, side in enumerate(("column", "row")):
-        tile = codec.tile(whole.shape)
-        if 128 % (tile.rows, tile.cols)[at] or rest_has_long_tiles(codec, at):
-            with pytest.raises(ValueError, match="cannot be cut into 2 slices"):
-                parallel.slice_packed(whole, 0, 2, side)
-            continue
-        parts = [parallel.slice_packed(whole, rank, 2, side) for rank in range(2)]
-        assert walk.same_bits(torch.cat([part.decode() for part in parts], at), whole.decode())
-
-
-@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_outputs_of_column_slices_follow_each_other_and_those_of_row_slices_add_up(codec, world):
-    layer = RBELinear.from_packed(walk.random_layer(codec, (768, 768)), walk.gaussian(768))
-    x = walk.gaussian(5, 768, seed=1)
-    with rs.accuracy("exact"), torch.no_grad():
-        want = layer(x)
-        parts = [parallel.slice_linear(layer, rank, world, "column") for rank in range(world)]
-        assert walk.relative(torch.cat([part(x) for part in parts], -1), want) < SUMS
-        try:
-            parts = [parallel.slice_linear(layer, rank, world, "row") for rank in range(world)]
-        except ValueError:  # which codecs: the test above
-            return
-        got = sum(part(piece) for part, piece in zip(parts, x.chunk(world, -1), strict=True))
-    # Terms of either sign: errors are as those of the terms, not of what is left of them.
-    scale = (x.abs() @ layer.weight.abs().t()).norm().item()
-    assert walk.relative(got, want, scale) < SUMS
-
-
-def test_a_cut_inside_a_tile_or_a_hadamard_block_names_the_sizes_that_work():
-    def cut(codec, shape, world, side):
-        parallel.slice_packed(walk.random_layer(rs.codec(codec), shape), 0, world, side)
-
-    with pytest.raises(
-        ValueError, match=r"384 out_features cannot .* 2 slices .*, 256 and 512 can"
-    ):
-        cut("trellis(bits=2)", (384, 128), 2, "column")
-    with pytest.raises(
-        ValueError, match=r"200 in_features cannot be cut into 3 .*, 192 and 288 can"
-    ):
-        cut("uniform(bits=4, group=32)", (8, 200), 3, "row")
-    # 192 = 64 + 128: as many tiles as two slices have, but not the same ones.
-    with pytest.raises(ValueError, match=r"192 in_features cannot .*, 256 can"):
-        cut("uniform(bits=4, group=128)", (8, 192), 2, "row")
-    with pytest.raises(ValueError, match="a tile of this codec runs along all of them"):
-        cut("sparse", (8, 256), 2, "row")
-    with pytest.raises(ValueError, match="rank must be from 0 to 1, got 2"):
-        parallel.slice_packed(walk.random_layer(rs.codec("uniform"), (8, 256)), 2, 2, "row")
-    with pytest.raises(ValueError, match="side must be 'column' or 'row', got 'col'"):
-        cut("uniform", (8, 256), 2, "col")
-    # A block of 32 fits slices of 32, 96 = 3 * 32.
-    cut("trellis(bits=2)", (96, 16), 3, "column")
-
-
-def test_layers_that_are_not_ours_or_have_an_adapter_are_not_cut():
-    with pytest.raises(TypeError, match="must be RBELinear, got Linear"):
-        parallel.slice_linear(nn.Linear(256, 256), 0, 2, "row")
-    with pytest.raises(ValueError, match="with an adapter cannot be cut"):
-        parallel.slice_linear(RBELinear(256, 256, codec="uniform", lora_rank=2), 0, 2, "row")
 
 
 def test_codes_that_are_parameters_keep_names_values_ties_and_training():
