@@ -191,6 +191,9 @@ def test_a_compressed_head_is_no_target_of_all_linear():
     assert isinstance(tuned.base_model.model.lm_head, RBELinear)
 
 
+@pytest.mark.skipif(
+    int(peft.__version__.split(".")[1]) < 20, reason="transformers itself asks for peft 0.20 there"
+)
 def test_transformers_adds_an_adapter_by_itself(model):
     before = logits(model)
     model.add_adapter(config())
