@@ -12,9 +12,10 @@ import pytest
 import torch
 import walk
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import reality_stone as rs
-from reality_stone.nn import RBELinear, lora
+from reality_stone.nn import RBELinear, TrainableRBELinear, lora
 
 # A rotated and a plain trellis, a sum, tables, uint8 params, and groups that cut the row.
 FEW = pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_empty_batches_and_strides_go_through_the_compiled_layer(codec):
 
 
 def test_many_batch_sizes_cost_two_compilations():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     layer = layer_of("trellis")
     run = torch.compile(layer, fullgraph=True, backend=counter)
@@ -99,7 +100,7 @@ def test_many_batch_sizes_cost_two_compilations():
 
 
 def test_layers_of_one_kind_share_a_compilation():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     layers = [RBELinear(64, 64, codec="uniform(bits=2)") for _ in range(12)]
     x = walk.gaussian(3, 64)
@@ -123,7 +124,7 @@ def test_a_compiled_layer_is_copied_pickled_and_saved():
 
 
 def test_new_codes_and_params_are_seen_without_another_compilation():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     layer, x = layer_of("palette"), walk.gaussian(5, 64)
     run = torch.compile(layer, fullgraph=True, backend=counter)
@@ -163,6 +164,87 @@ def test_inductor_has_the_eager_results():
     # Inductor has its own tanh and sums the loss in another order; one float32 rounding each.
     for a, b in zip(got, step(model, model, x), strict=True):
         assert walk.relative(a, b) < 1e-5
+
+
+# --- layers with a master weight ---
+
+
+def latent(hessian=False) -> nn.Sequential:
+    torch.manual_seed(0)
+    kinds = {"hessian": hessian, "requantize_every": 3}
+    return nn.Sequential(
+        TrainableRBELinear.from_linear(nn.Linear(64, 48), "uniform(bits=2, group=16)", **kinds),
+        nn.Tanh(),
+        TrainableRBELinear.from_linear(nn.Linear(48, 8), "trellis(search=fast)", **kinds),
+    )
+
+
+def train(run, model, steps, start=0, fused=False) -> list[float]:
+    """Losses of steps of which every second accumulates two batches."""
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2, fused=fused)
+    losses = []
+    for i in range(start, start + steps):
+        for part in range(1 + i % 2):
+            loss = (run(walk.gaussian(16, 64, seed=2 * i + part)) - 1).square().mean()
+            loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_master_weight_trains_and_encodes_in_one_graph_as_in_eager(backend, fused):
+    counter = CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+    plain, model = latent(hessian=True), latent(hessian=True)
+    first = model[0].codes.clone()
+    run = torch.compile(model, fullgraph=True, backend=counter)
+    assert train(run, model, 8, fused=fused) == train(plain, plain, 8, fused=fused)
+    assert [model[0].steps, model[2].steps] == [8, 8]
+    assert not torch.equal(model[0].codes, first)
+    assert counter.frame_count == 1
+    assert_same_state(model, plain)
+    assert_same([run(walk.gaussian(5, 64)).detach()], [model(walk.gaussian(5, 64)).detach()])
+
+
+def test_copies_of_a_compiled_latent_layer_count_for_themselves():
+    model = latent()
+    run = compiled(model)
+    train(run, model, 2)
+    other = copy.deepcopy(model)
+    again = torch.compile(other, fullgraph=True, backend="aot_eager")
+    assert train(again, other, 3, start=2) == train(run, model, 3, start=2)
+    assert_same_state(other, model)
+    loaded = pickle.loads(pickle.dumps(model))
+    train(torch.compile(loaded, fullgraph=True, backend="aot_eager"), loaded, 1)
+    assert [loaded[0].steps, model[0].steps] == [6, 5]
+
+
+def test_a_latent_layer_compiles_in_eval_mode_and_once_finalized():
+    model, x = latent(), walk.gaussian(5, 64)
+    train(model, model, 2)
+    model.eval()
+    assert_same([compiled(model)(x).detach()], [model(x).detach()])
+    for i in (0, 2):
+        model[i].finalize()
+    assert_same(step(compiled(model), model, x), step(model, model, x))
+
+
+def test_a_latent_layer_is_exported_without_its_training():
+    model, x = latent(), walk.gaussian(5, 64)
+    program = torch.export.export(model, (x,))
+    assert "begin" not in program.graph_module.code
+    assert [model[0].steps, model[2].steps] == [0, 0]
+    assert_same([program.module()(x).detach()], [model(x).detach()])
 
 
 # --- export ---
