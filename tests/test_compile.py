@@ -15,13 +15,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reality_stone as rs
-from reality_stone.nn import RBELinear, TrainableRBELinear, lora
+from reality_stone.nn import RBELinear, TrainableRBELinear
 
-# A rotated and a plain trellis, a sum, tables, uint8 params, and groups that cut the row.
+# Rotated, a sum, tables, uint8 params, and groups that cut the row.
 FEW = pytest.mark.parametrize(
     "codec",
     [
-        "trellis(bits=2)", "trellis(bits=2, rotate=False)", "residual", "palette",
+        "trellis(bits=2)", "residual", "palette",
         "block_sparse", "uniform(bits=3, group=16)",
     ],
 )  # fmt: skip
@@ -64,7 +64,6 @@ def test_under_autocast_the_compiled_step_is_the_eager_one(codec):
         want, got = step(layer, layer, x), step(run, layer, x)
     assert want[0].dtype == torch.bfloat16
     assert_same(got, want)
-    assert_same(step(run, layer, x), step(layer, layer, x))  # and float32 again outside
 
 
 @FEW
@@ -75,9 +74,8 @@ def test_a_narrow_layer_compiles(codec):
     assert_same(step(compiled(layer), layer, x), want)
 
 
-@pytest.mark.parametrize("codec", ["trellis(bits=2)", "block_sparse"])
-def test_empty_batches_and_strides_go_through_the_compiled_layer(codec):
-    layer = layer_of(codec)
+def test_empty_batches_and_strides_go_through_the_compiled_layer():
+    layer = layer_of("trellis")
     run = compiled(layer)
     batch = walk.gaussian(6, 3, 128)
     inputs = [
@@ -132,16 +130,6 @@ def test_new_codes_and_params_are_seen_without_another_compilation():
     layer.set_packed(walk.encoded(layer.codec, (48, 64), seed=3))
     assert walk.same_bits(run(x).detach(), layer(x).detach())
     assert counter.frame_count == 1
-
-
-def test_an_adapter_and_dropout_compile():
-    layer, x = layer_of("uniform(bits=3, group=16)"), walk.gaussian(5, 64)
-    lora.add_lora(layer, rank=4, dropout=0.5)
-    run = compiled(layer)
-    torch.manual_seed(3)
-    want = step(layer, layer, x)
-    torch.manual_seed(3)
-    assert_same(step(run, layer, x), want)
 
 
 def test_an_observed_layer_compiles_around_its_observer():
@@ -200,8 +188,7 @@ def assert_same_state(a, b):
         assert torch.equal(value, b[name]), name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize(("backend", "fused"), [("eager", True), ("aot_eager", False)])
 def test_a_master_weight_trains_and_encodes_in_one_graph_as_in_eager(backend, fused):
     counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()

@@ -224,6 +224,15 @@ def test_attaching_does_not_decode_the_weight(model, monkeypatch):
     assert not read
 
 
+def test_a_compiled_layer_with_an_adapter_is_one_graph(model):
+    tuned = moved(peft.get_peft_model(model, config()))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    x = walk.gaussian(5, 64)
+    torch._dynamo.reset()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert walk.same_bits(run(x).detach(), layer(x).detach())
+
+
 # --- merging ---
 
 
