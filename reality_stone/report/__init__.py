@@ -7,7 +7,7 @@ page's own colours, so they follow light and dark mode, and each says its number
 from .curves import Log
 from .directory import directory_page, report_directory
 from .maps import block_map, heat_map, layer_map
-from .measure import Measured, Request, measure
+from .measuring import Measured, Request, measure
 from .page import Section, facts, html_report, table, texts
 from .plots import Series, line_plot
 from .trials import COLUMNS, Stage, Trial, model_report, trial_rows

@@ -43,14 +43,16 @@ def bar_chart(
     def x(value: float) -> float:
         return left + value / longest * (width - left - right)
 
-    drawn = ""
+    drawn = written = ""  # what is written goes over what is drawn
     for tick in marks:
         drawn += f'<path class=grid d="M{x(tick):.1f} {top}V{bottom}"/>'
-        drawn += f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor=middle>{say(tick)}</text>'
+        written += (
+            f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor=middle>{say(tick)}</text>'
+        )
     names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
     for i, bar in enumerate(bars):
         y, at = top + row * i, 0.0
-        drawn += f'<text x="{left}" y="{y + 14}">{escape(bar.name)}</text>'
+        written += f'<text x="{left}" y="{y + 14}">{escape(bar.name)}</text>'
         for name, length in bar.parts.items():
             drawn += (
                 f'<rect class=p{names.index(name) % PARTS} x="{x(at):.1f}" y="{y + 19}" '
@@ -58,18 +60,18 @@ def bar_chart(
                 f"<title>{escape(f'{bar.name}, {name}: {say(length)}')}</title></rect>"
             )
             at += length
-        drawn += f'<text x="{x(at) + 6:.1f}" y="{y + 32}">{say(bar.total)}</text>'
+        written += f'<text x="{x(at) + 6:.1f}" y="{y + 32}">{say(bar.total)}</text>'
     if level:
         drawn += f'<path class=level d="M{x(level[1]):.1f} {top}V{bottom}"/>'
+    written += f'<text x="{left}" y="{bottom + 38}">{escape(label)}</text>'
     words = "; ".join(
         f"{bar.name}: {say(bar.total)}"
         + (f" ({', '.join(f'{n} {say(v)}' for n, v in bar.parts.items())})" if names[1:] else "")
         for bar in bars
     )
-    drawn += f'<text x="{left}" y="{bottom + 38}">{escape(label)}</text>'
     keys = ""
     if len(names) > 1:
         sign = '<rect class=p{} x="2" y="0" width="12" height="12"/>'
         keys = legend([(name, sign.format(i % PARTS)) for i, name in enumerate(names)])
-    chart = picture(title, f"{label}. {words}", (width, bottom + 46), drawn, "plot")
+    chart = picture(title, f"{label}. {words}", (width, bottom + 46), drawn + written, "plot")
     return Section(title, f"<figure>{keys}{chart}</figure>" + paragraph(note))

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from .svg import picture
 
-# Viridis (van der Walt and Smith, 2015; CC0) at every tenth; straight lines in sRGB between them.
+# Viridis (van der Walt and Smith, 2015; CC0) at every twentieth, straight lines between them.
 VIRIDIS = (
-    (68, 1, 84), (72, 36, 117), (65, 68, 135), (53, 95, 141), (42, 120, 142), (33, 145, 140),
-    (34, 168, 132), (68, 191, 112), (122, 209, 81), (189, 223, 38), (253, 231, 37),
+    (68, 1, 84), (71, 19, 101), (72, 36, 117), (70, 52, 128), (65, 68, 135), (59, 82, 139),
+    (53, 95, 141), (47, 108, 142), (42, 120, 142), (37, 132, 142), (33, 145, 140), (30, 156, 137),
+    (34, 168, 132), (47, 180, 124), (68, 191, 112), (94, 201, 98), (122, 209, 81), (155, 217, 60),
+    (189, 223, 38), (223, 227, 24), (253, 231, 37),
 )  # fmt: skip
 
 
@@ -73,24 +75,25 @@ def hexadecimal(rgb: tuple[int, int, int]) -> str:
 
 def scale_legend(scale: Scale, unit: str, say: Callable[[float], str]) -> str:
     """The colours in a bar with five numbers under it; one number where all values are equal."""
-    width, height, left = 320, 44, 30
+    width, height = 320, 44
     if scale.high <= scale.low:
         swatch = f'<rect x="0" y="6" width="24" height="14" fill="{hexadecimal(colour(0))}"/>'
         text = f"every value is {say(scale.low)}"
         drawn = f'{swatch}<text x="32" y="18">{text}</text>'
         return picture("Scale of colours", f"{unit}: {text}", (width, 26), drawn, "scale")
     steps = 64
-    cell = (width - 2 * left) / steps
+    cell = width / steps
     drawn = "".join(
-        f'<rect x="{left + i * cell:.2f}" y="4" width="{cell + 0.3:.2f}" height="14" '
+        f'<rect x="{i * cell:.2f}" y="4" width="{cell + 0.3:.2f}" height="14" '
         f'fill="{hexadecimal(colour((i + 0.5) / steps))}"/>'
         for i in range(steps)
     )
-    shown = [0, 0.25, 0.5, 0.75, 1]
-    for share in shown:
-        x = left + share * (width - 2 * left)
+    anchors = {0.0: "start", 1.0: "end"}
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = share * (width - 1) + 0.5
         drawn += f'<path class=axis d="M{x:.1f} 18v4"/>'
-        drawn += f'<text x="{x:.1f}" y="36" text-anchor=middle>{say(scale.value(share))}</text>'
+        anchor, number = anchors.get(share, "middle"), say(scale.value(share))
+        drawn += f'<text x="{x:.1f}" y="36" text-anchor={anchor}>{number}</text>'
     kind = "logarithmic" if scale.log else "linear"
     words = f"{unit}, {kind} from {say(scale.low)} to {say(scale.high)}"
     return picture("Scale of colours", words, (width, height), drawn, "scale")

@@ -100,7 +100,9 @@ def training_curves(name: str, runs: Sequence[tuple[str, TrainingReport]]) -> li
             sections.append(_blocks(title, done.blocks))
     if curves:
         note = " ".join(notes)
-        sections.append(line_plot(f"Training: {name}", curves, "step", "nats per token", note=note))
+        sections.append(
+            line_plot(f"Training: {name}", curves, "step", "loss, nats per token", note=note)
+        )
     return sections
 
 

@@ -62,6 +62,10 @@ def _files(directory: Path) -> list[Path]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: this index cannot be read: {error}") from None
     # A name with a folder in it could lead out of the directory.
-    if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
-        raise ValueError(f"{index}: an index names files of its own directory")
+    if not names or not all(isinstance(n, str) and _is_plain(n) for n in names):
+        raise ValueError(f"{index}: an index names safetensors files of its own directory")
     return [directory / name for name in sorted(names)]
+
+
+def _is_plain(name: str) -> bool:
+    return name.endswith(".safetensors") and name == Path(name).name

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .. import bench, show
 from .bars import Bar, bar_chart
-from .curves import training_curves
+from .curves import Log, training_curves
 from .machine import machine
-from .maps import block_map
-from .measure import BATCHES, OUTPUT_TOKENS, Measured, Request, measure
+from .maps import Key, block_map
+from .measuring import BATCHES, OUTPUT_TOKENS, Measured, Request, measure
 from .page import Section, check_page, facts, html_report, percent, sentences, table, tiles
 
 NAMED = 30  # tensors left dense that are listed by name
@@ -66,9 +68,12 @@ def _lead(found: Measured) -> str:
 
 def _summary(found: Measured) -> Section:
     before, after = (sum(getattr(s, key) for s in found.sizes) for key in ("before", "after"))
+    rate, item = found.contents.bits_per_weight, getattr(torch, found.dtype).itemsize
+    matrices = f"compressed matrices {8 * item / rate:.2f} times smaller" if rate else ""
+    ratio = f", {before / after:.2f} times smaller" if after else ""
     cards = [
-        ("Bits per weight", f"{found.contents.bits_per_weight:.3f}", "of compressed matrices"),
-        ("Files", show.size(after), f"{show.size(before)} dense, {_times(before, after)}"),
+        ("Bits per weight", f"{rate:.3f}", matrices),
+        ("All tensors", show.size(after), f"{show.size(before)} dense{ratio}"),
     ]
     if found.quality is not None:
         packed, dense = found.quality.packed, found.quality.dense
@@ -86,10 +91,6 @@ def _ratio(found: Measured) -> float:
     return found.quality.packed.perplexity / found.quality.dense.perplexity
 
 
-def _times(before: float, after: float) -> str:
-    return f"{before / after:.2f} times smaller" if after else ""
-
-
 def _sizes(found: Measured) -> list[Section]:
     known = "weights" not in found.gaps or bool(found.errors)
     whence = "the dense model's files" if known else f"the same tensors in {found.dtype}"
@@ -99,44 +100,36 @@ def _sizes(found: Measured) -> list[Section]:
     ]
     rows = [
         (
-            s.group, str(s.tensors), f"{s.weights:,}", show.size(s.before), show.size(s.after),
+            s.group, show.size(s.before), show.size(s.after),
             f"{s.before / s.after:.2f} x" if s.before and s.after else "",
+            f"{s.weights:,}", str(s.tensors),
         )
         for s in found.sizes
     ]  # fmt: skip
     note = f"Before: {whence}. A matrix with its codes, scales and tables counts as one tensor."
-    columns = ("part", "tensors", "weights", "before", "after", "smaller")
+    columns = ("part", "before", "after", "smaller", "weights", "tensors")
     chart = bar_chart("Size by part of the model", bars, "bytes of all tensors", show.size)
     return [Section(chart.title, chart.body + table("Sizes", columns, rows, note).body)]
 
 
+BITS = Key("Bits per weight, everything counted", lambda value: f"{value:.2f}", whole=True)
+WEIGHTS = Key("Normalised squared error of the weight, |W - Q|² / |W|²", percent, log=True)
+OUTPUTS = Key("Normalised squared error of the output, E|(W - Q) x|² / E|W x|²", percent, log=True)
+ALONE = (
+    "x is what reaches the layer in the dense model over the first tokens of the text (up to "
+    f"{OUTPUT_TOKENS:,}), so each layer is judged alone."
+)
+
+
 def _layers(found: Measured) -> list[Section]:
     rates = {layer.name: layer.bits_per_weight for layer in found.contents.layers}
-    bits = block_map(
-        "Bits of each layer", rates, "Bits per weight, everything counted",
-        lambda value: f"{value:.2f}",
-    )  # fmt: skip
-    titles = {"weights": "Error of the weights", "outputs": "Error of the outputs"}
-    units = {
-        "weights": "Normalised squared error of the weight, |W - Q|² / |W|²",
-        "outputs": "Normalised squared error of the output, E|(W - Q) x|² / E|W x|²",
-    }
-    notes = {
-        "weights": "",
-        "outputs": "x: what reaches the layer in the dense model over the first tokens of the text "
-        f"(up to {OUTPUT_TOKENS:,}), so that each layer is judged alone.",
-    }
-    maps = [bits]
-    for key, values in (("weights", found.errors), ("outputs", found.output_errors)):
-        if not values:
-            why = found.gaps.get(
-                key, "The dense model has no weights by the names of these layers."
-            )
-            maps.append(sentences(titles[key], why))
-        else:
-            maps.append(
-                block_map(titles[key], values, units[key], percent, log=True, note=notes[key])
-            )
+    maps = [block_map("Bits of each layer", rates, BITS)]
+    for title, gap, values, key, note in (
+        ("Error of the weights", "weights", found.errors, WEIGHTS, ""),
+        ("Error of the outputs", "outputs", found.output_errors, OUTPUTS, ALONE),
+    ):
+        why = found.gaps.get(gap, "The dense model has no layers by these names.")
+        maps.append(block_map(title, values, key, note) if values else sentences(title, why))
     return maps
 
 
@@ -204,17 +197,19 @@ def _training(found: Measured) -> list[Section]:
         name = f"{log.name}, {log.mode}" if log.mode != "training" else log.name
         sections += training_curves(name, [(log.mode, log.training)])
     rows = [
-        (log.name, f"{log.before['perplexity']:.3f}", f"{log.after['perplexity']:.3f}",
-         _kl(log.before), _kl(log.after))
+        (log.name, _change(log, "perplexity", ".3f"), _change(log, "kl", ".5f"))
         for log in found.logs
         if log.before and log.after
-    ]  # fmt: skip
-    columns = ("training", "perplexity before", "after", "KL before", "after")
-    return [*sections, table("What training gave", columns, rows)] if rows else sections
+    ]
+    if rows:
+        columns = ("training", "perplexity, before and after", "KL, before and after")
+        sections.append(table("What training gave", columns, rows))
+    return sections
 
 
-def _kl(side: dict) -> str:
-    return "" if side.get("kl") is None else f"{side['kl']:.5f}"
+def _change(log: Log, key: str, form: str) -> str:
+    before, after = log.before.get(key), log.after.get(key)
+    return "" if before is None or after is None else f"{before:{form}}, {after:{form}}"
 
 
 def _table(found: Measured) -> Section:
@@ -241,7 +236,7 @@ def _left_out(found: Measured) -> Section:
     dense = [other.name for other in contents.others if len(other.shape) >= 2]
     if dense:
         names = ", ".join(dense[:NAMED]) + (", ..." if len(dense) > NAMED else "")
-        texts.append(f"Left dense: {len(dense)} tensors of two dimensions or more: {names}.")
+        texts.append(f"Left dense, of two dimensions or more ({len(dense)}): {names}.")
     lost = [layer.name for layer in contents.layers if layer.name not in found.errors]
     if found.errors and lost:
         texts.append(f"The dense model has no weight by these names: {', '.join(lost[:NAMED])}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .style import STYLE
 
-FOLDED = 40  # rows; a longer table starts closed
+FOLDED = 20  # rows; a longer table starts closed
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,7 @@ def breakable(name: str) -> str:
 
 
 def percent(value: float) -> str:
+    """A share with three digits or so: 12.3 %, 1.23 %, 0.012 %."""
+    if value >= 0.1:
+        return f"{100 * value:.1f} %"
     return f"{100 * value:.2f} %" if value >= 1e-3 else f"{100 * value:.2g} %"

@@ -14,7 +14,8 @@ GROUPS = {
     "embeddings": r"embed|(^|\.)(wte|wpe|shared)(\.|$)",
     "experts": r"experts?(\.|$)",
     "attention": r"attn|attention|(^|\.)[qkvo]_proj|(^|\.)(query|key|value)",
-    "MLP": r"mlp|ffn|feed_?forward|(^|\.)(fc|gate|up|down|w)\w*|intermediate|output\.dense",
+    "MLP": r"mlp|ffn|feed_?forward|intermediate|output\.dense"
+    r"|(^|\.)((fc|gate|up|down)\w*|w[123])(\.|$)",
 }
 
 

@@ -13,8 +13,10 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 .lead { margin: 0; font-size: 1.05rem; }
 .note { color: var(--soft); font-size: .88rem; margin: .6rem 0 0; max-width: 44rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem;
+.scroll { overflow-x: auto; background:
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--rule), transparent) right / .9rem 100% no-repeat scroll; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
@@ -22,17 +24,19 @@ td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
   background: var(--paper); }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 600; }
-.heat { width: auto; font-size: .85rem; border-collapse: separate; border-spacing: 2px; }
+tbody th { font-weight: 500; min-width: 7.5rem; }
+.heat { width: auto; font-size: .85rem; border-spacing: 2px; }
 .heat th, .heat td { padding: .25rem .5rem; border: 0; }
 .heat thead th { text-align: center; }
 .heat thead th:first-child { text-align: left; }
-.heat tbody th { font-weight: 400; max-width: 20rem; padding-right: .6rem; }
+.heat tbody th { font-weight: 400; max-width: 20rem; }
+.heat th:first-child { padding: .25rem .6rem .25rem 0; }
 .heat td { text-align: center; vertical-align: middle; border-radius: 3px; }
 .heat .none { background: var(--panel); color: var(--soft); }
 .heat small { display: block; font-size: .72rem; line-height: 1.2; }
 .fine td { padding: 0; width: 1.15rem; min-width: 1.15rem; height: 1.15rem; }
 .fine td span { display: block; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.fine tbody th { font-size: .78rem; line-height: 1.15; }
 .fine thead th { padding: 0; font-size: .7rem; font-weight: 400; }
 .key { margin: 0 0 .5rem; }
 .key figcaption { font-weight: 400; color: var(--soft); font-size: .88rem; max-width: 44rem; }
@@ -49,7 +53,8 @@ blockquote { margin: .3rem 0 0; padding: .6rem .9rem; background: var(--panel);
   border-left: 3px solid var(--s0); }
 blockquote p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .plot { display: block; width: 100%; max-width: 38rem; height: auto; }
-.plot text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+.plot text { font: 13px system-ui, sans-serif; fill: var(--ink); stroke: var(--paper);
+  stroke-width: 3px; paint-order: stroke; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
 path.level { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 6 4; }
 .p0 { fill: #0072b2; } .p1 { fill: #e69f00; } .p2 { fill: #009e73; } .p3 { fill: #cc79a7; }
@@ -64,6 +69,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; ma
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 34rem) { dl:not(.tiles) { display: block; } dd { margin: 0 0 .5rem; }
-  .tiles { grid-template-columns: 1fr 1fr; } .heat tbody th { max-width: 8rem; }
-  .heat:not(.fine) td { padding: .2rem .3rem; } }
+  .tiles { grid-template-columns: 1fr 1fr; } .plot text { font-size: 16px; }
+  .heat tbody th { max-width: 8rem; min-width: 0; }
+  .heat:not(.fine) td { padding: .2rem .25rem; }
+  th, td { padding: .35rem .4rem; } }
 """
