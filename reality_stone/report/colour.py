@@ -85,7 +85,7 @@ def scale_legend(scale: Scale, unit: str, say: Callable[[float], str]) -> str:
     cell = width / steps
     drawn = "".join(
         f'<rect x="{i * cell:.2f}" y="4" width="{cell + 0.3:.2f}" height="14" '
-        f'fill="{hexadecimal(colour((i + 0.5) / steps))}"/>'
+        f'fill="{hexadecimal(colour(i / (steps - 1)))}"/>'
         for i in range(steps)
     )
     anchors = {0.0: "start", 1.0: "end"}
