@@ -202,14 +202,14 @@ def _training(found: Measured) -> list[Section]:
         if log.before and log.after
     ]
     if rows:
-        columns = ("training", "perplexity, before and after", "KL, before and after")
-        sections.append(table("What training gave", columns, rows))
+        columns = ("training", "perplexity", "KL")
+        sections.append(table("Before and after training", columns, rows))
     return sections
 
 
 def _change(log: Log, key: str, form: str) -> str:
     before, after = log.before.get(key), log.after.get(key)
-    return "" if before is None or after is None else f"{before:{form}}, {after:{form}}"
+    return "" if before is None or after is None else f"{before:{form}} to {after:{form}}"
 
 
 def _table(found: Measured) -> Section:
