@@ -296,7 +296,7 @@ def test_bars_say_their_parts_and_are_as_long_as_they_say(tmp_path):
     made = [bars.Bar("a <b>", {"x": 1.0, "y": 3.0}), bars.Bar("c", {"x": 2.0, "y": 0.0})]
     section = bars.bar_chart("Bars", made, "unit", "{:g} u".format, level=("limit", 2.0))
     page = Page(report.html_report(tmp_path / "p.html", "P", section).read_text(encoding="utf-8"))
-    assert page.said == ["unit. a <b>: 4 u (x 1 u, y 3 u); c: 2 u (x 2 u, y 0 u)"]
+    assert page.said == ["unit. a <b>: 4 u (x 1 u, y 3 u); c: 2 u (x 2 u, y 0 u); limit: 2 u"]
     widths = [float(a["width"]) for t, a in page.tags if t == "rect" and a.get("height") == "16"]
     assert widths[1] == pytest.approx(3 * widths[0], abs=0.2)  # coordinates have one digit
     assert widths[2] == pytest.approx(2 * widths[0], abs=0.2)

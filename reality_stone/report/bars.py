@@ -69,6 +69,8 @@ def bar_chart(
         + (f" ({', '.join(f'{n} {say(v)}' for n, v in bar.parts.items())})" if names[1:] else "")
         for bar in bars
     )
+    if level:
+        words += f"; {level[0]}: {say(level[1])}"
     keys = ""
     if len(names) > 1:
         sign = '<rect class=p{} x="2" y="0" width="12" height="12"/>'

@@ -24,13 +24,9 @@ class DenseFiles:
             name: header for header in self.headers for name in header.entries
         }
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """{tensor: (elements, bytes)}."""
-        found = {}
-        for name, header in self.places.items():
-            entry = header.entries[name]
-            found[name] = entry.bytes // entry.dtype.itemsize, entry.bytes
-        return found
+    def sizes(self) -> dict[str, int]:
+        """{tensor: bytes}."""
+        return {name: header.entries[name].bytes for name, header in self.places.items()}
 
     def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
         """The weight (out, in) of a layer as stored; None where none of that size has its name.

@@ -238,7 +238,7 @@ def _sizes(directory: Path, contents: inspection.Contents, dense: DenseFiles | N
         before[part] += other.bytes
     if dense is not None:
         before = Counter()
-        for name, (_, size) in dense.sizes().items():
+        for name, size in dense.sizes().items():
             before[group(name)] += size
     adapter = directory / jobs.ADAPTER
     if adapter.is_file():
