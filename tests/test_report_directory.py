@@ -14,7 +14,7 @@ from test_report import Page
 import reality_stone as rs
 from reality_stone import blocks, cli, jobs, metrics, report
 from reality_stone.report import dense as dense_files
-from reality_stone.report import measuring
+from reality_stone.report import errors, measuring
 
 pytest.importorskip("transformers")
 
@@ -78,7 +78,7 @@ def test_the_page_says_what_was_measured(dense, packed, log, tmp_path):
 
 def test_errors_of_weights_are_those_of_the_loaded_models(dense, packed):
     before, after = rs.from_pretrained(dense), rs.from_pretrained(packed)
-    found = measuring.weight_errors(packed, dense_files.DenseFiles(dense))
+    found = errors.weight_errors(packed, dense_files.DenseFiles(dense))
     for name, error in found.items():
         own, other = after.get_submodule(name).weight, before.get_submodule(name).weight
         assert error == pytest.approx(metrics.nmse(own, other), rel=1e-6)
@@ -88,7 +88,7 @@ def test_errors_of_outputs_are_the_errors_in_the_metric_of_the_input(dense, pack
     before, after = rs.from_pretrained(dense), rs.from_pretrained(packed)
     tokens = torch.randint(1, 16, (6, 16), generator=torch.Generator().manual_seed(1))
     with rs.accuracy("exact"):
-        found = measuring.output_errors(after, before, tokens)
+        found = errors.output_errors(after, before, tokens)
     stage = blocks.Stage("", before, [blocks.Call((tokens,))])
     assert len(found) == 14
     for name, error in found.items():
@@ -140,7 +140,7 @@ def test_speed_is_measured_on_the_models_own_shapes(packed, tmp_path, monkeypatc
 
 
 def test_a_dense_model_in_shards_or_turned_is_read_all_the_same(dense, packed, tmp_path):
-    whole = measuring.weight_errors(packed, dense_files.DenseFiles(dense))
+    whole = errors.weight_errors(packed, dense_files.DenseFiles(dense))
     tensors = load_file(dense / "model.safetensors")
     names, places = sorted(tensors), {}
     for i, part in enumerate((names[:7], names[7:])):
@@ -153,7 +153,7 @@ def test_a_dense_model_in_shards_or_turned_is_read_all_the_same(dense, packed, t
         places |= dict.fromkeys(own, f"part-{i}.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    assert measuring.weight_errors(packed, dense_files.DenseFiles(tmp_path)) == whole
+    assert errors.weight_errors(packed, dense_files.DenseFiles(tmp_path)) == whole
     for wrong in ("../outside.safetensors", "..", "", 3):
         index.write_text(json.dumps({"weight_map": {"a": wrong}}))
         with pytest.raises(ValueError, match="files of its own directory"):

@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from .. import bench, checkpoint, hf, inspection, jobs, metrics, tensorfile
-from ..blocks import first_output, inference
+from .. import bench, checkpoint, hf, inspection, jobs
 from ..codecs import codec
 from ..evaluate import Evaluation, windows
-from ..nn import RBELinear
 from .curves import Log
 from .dense import DenseFiles
+from .errors import output_errors, weight_errors
 from .structure import group
 
 OUTPUT_TOKENS = 4096  # of the text, through which errors of outputs are measured
@@ -91,95 +87,45 @@ def measure(request: Request, progress: bool = True) -> Measured:
         raise ValueError(f"{directory}: this model is dense, compress it first")
     if reference is not None and hf.is_packed(reference):
         raise ValueError(f"{reference}: the reference must be a dense model, this is compressed")
+    if request.text is not None and not Path(request.text).is_file():
+        raise FileNotFoundError(f"{request.text}: there is no such file")
     logs = [Log.read(path) for path in request.training]
     dense = None if reference is None else DenseFiles(reference)
     contents = inspection.inspect(directory, progress)
-    gaps: dict[str, str] = {}
-    errors, output_errors, quality = {}, {}, None
-    if not contents.sound:
-        damaged = "The file is damaged, so this was not measured."
-        gaps |= dict.fromkeys(("weights", "outputs", "quality"), damaged)
-    else:
-        if dense is None:
-            gaps["weights"] = "No dense model was given (--reference) to take the error from."
-        else:
-            errors = weight_errors(directory, dense)
-        if request.text is None:
-            gaps["quality"] = "No text was given (--text) to measure perplexity on."
-            gaps["outputs"] = "Errors of outputs take a text (--text) and the dense model."
-        else:
-            quality = _quality(request, progress)
-            if reference is None:
-                gaps["outputs"] = "Errors of outputs take the dense model (--reference)."
-            else:
-                output_errors = _output_errors(request)
-    if request.bench:
-        speed = _speed(contents, progress)
-    else:
-        speed = []
-        gaps["speed"] = "Speed was not asked for (--bench)."
-    if not logs:
-        gaps["training"] = "No report of a training was given (--training)."
+    gaps = _gaps(request, contents.sound)
     config = checkpoint.read_config(directory)
     return Measured(
-        directory.resolve().name, ", ".join(map(str, config.get("architectures") or ["unknown"])),
-        str(hf.source_dtype(directory)).removeprefix("torch."), contents,
-        _sizes(directory, contents, dense), errors, output_errors, quality, speed, logs, gaps,
-    )  # fmt: skip
+        name=directory.resolve().name,
+        architecture=", ".join(map(str, config.get("architectures") or ["unknown"])),
+        dtype=str(hf.source_dtype(directory)).removeprefix("torch."),
+        contents=contents,
+        sizes=_sizes(directory, contents, dense),
+        errors={} if "weights" in gaps else weight_errors(directory, dense),
+        output_errors={} if "outputs" in gaps else _output_errors(request),
+        quality=None if "quality" in gaps else _quality(request, progress),
+        speed=[] if "speed" in gaps else _speed(contents, progress),
+        logs=logs,
+        gaps=gaps,
+    )
 
 
-def weight_errors(directory: str | os.PathLike[str], dense: DenseFiles) -> dict[str, float]:
-    """|W - Q|^2 / |W|^2 of each layer whose weight the dense files have, one decoded at a time."""
-    opened = checkpoint.open_checkpoint(directory)
-    header, found = opened.header, {}
-    with header.path.open("rb") as file:
-        for entry in opened.plan:
-            weight = dense.weight(entry.name, entry.shape)
-            if weight is None:
-                continue
-            names = checkpoint.stored_names(header, entry).values()
-            tensors = {n: tensorfile.read_tensor(header, header.entries[n], file) for n in names}
-            packed = checkpoint.check_layer(header, entry, tensors)
-            found[entry.name] = metrics.nmse(packed.decode(), weight)
-    return found
-
-
-@torch.no_grad()
-def output_errors(packed: nn.Module, dense: nn.Module, tokens: Tensor) -> dict[str, float]:
-    """|y - y'|^2 / |y|^2 of each compressed layer, y = W x without bias, x the dense model's input.
-
-    That is `metrics.hessian_nmse` with H = E[x x^T] over `tokens` (n, context), but H, which is
-    (in, in), is never built. Layers that the tokens do not reach are left out.
-    """
-    sums: dict[str, tuple[float, float]] = {}
-
-    def compare(name: str, layer: RBELinear):
-        def see(module: nn.Module, args: tuple, output: Tensor) -> None:
-            y, bias = first_output(output).float(), getattr(module, "bias", None)
-            error = (layer(args[0]).float() - y).double().pow(2).sum().item()
-            power = (y if bias is None else y - bias.float()).double().pow(2).sum().item()
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = before[0] + error, before[1] + power
-
-        return see
-
-    layers = {n: m for n, m in packed.named_modules() if isinstance(m, RBELinear)}
-    handles = [
-        dense.get_submodule(name).register_forward_hook(compare(name, layer))
-        for name, layer in layers.items()
-    ]
-    try:
-        with inference(dense), inference(packed):
-            for part in tokens.split(4):
-                dense(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: sums[name][0] / sums[name][1] if sums[name][1] else math.inf
-        for name in layers
-        if name in sums
-    }
+def _gaps(request: Request, sound: bool) -> dict[str, str]:
+    """What is not measured, and why."""
+    gaps = {}
+    if request.reference is None:
+        gaps["weights"] = "No dense model was given (--reference) to take the error from."
+        gaps["outputs"] = "Errors of outputs take the dense model (--reference)."
+    if request.text is None:
+        gaps["outputs"] = "Errors of outputs take a text (--text) and the dense model."
+        gaps["quality"] = "No text was given (--text) to measure perplexity on."
+    if not sound:
+        damaged = "The file is damaged, so this was not measured."
+        gaps |= dict.fromkeys(("weights", "outputs", "quality"), damaged)
+    if not request.bench:
+        gaps["speed"] = "Speed was not asked for (--bench)."
+    if not request.training:
+        gaps["training"] = "No report of a training was given (--training)."
+    return gaps
 
 
 def _quality(request: Request, progress: bool) -> Quality:
