@@ -2,10 +2,23 @@
 
 from . import lora
 from .compressed import Compressed
+from .embedding import RBEEmbedding
 from .linear import RBELinear
+from .norm import RBELayerNorm, RBERMSNorm
 from .trainable import TrainableRBELinear
 
 # The kinds of compressed layers by their names in plans.
-KINDS: dict[str, type[Compressed]] = {layer.kind: layer for layer in (RBELinear,)}
+KINDS: dict[str, type[Compressed]] = {
+    layer.kind: layer for layer in (RBELinear, RBEEmbedding, RBELayerNorm, RBERMSNorm)
+}
 
-__all__ = ["KINDS", "Compressed", "RBELinear", "TrainableRBELinear", "lora"]
+__all__ = [
+    "KINDS",
+    "Compressed",
+    "RBEEmbedding",
+    "RBELayerNorm",
+    "RBELinear",
+    "RBERMSNorm",
+    "TrainableRBELinear",
+    "lora",
+]
