@@ -1,8 +1,10 @@
 """Layers whose weights are codes."""
 
 from . import lora
+from .attention import KVCache, RBEAttention, Rotary
 from .compressed import Compressed
 from .embedding import RBEEmbedding
+from .ffn import RBEFFN
 from .linear import RBELinear
 from .norm import RBELayerNorm, RBERMSNorm
 from .trainable import TrainableRBELinear
@@ -14,11 +16,15 @@ KINDS: dict[str, type[Compressed]] = {
 
 __all__ = [
     "KINDS",
+    "RBEFFN",
     "Compressed",
+    "KVCache",
+    "RBEAttention",
     "RBEEmbedding",
     "RBELayerNorm",
     "RBELinear",
     "RBERMSNorm",
+    "Rotary",
     "TrainableRBELinear",
     "lora",
 ]
