@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import reality_stone as rs
-from reality_stone import training
+from reality_stone import hf, training
 from reality_stone.nn import RBEFFN, KVCache, RBEAttention, RBELinear, Rotary, TrainableRBELinear
 
 CODEC = "uniform(bits=4, group=32)"
@@ -354,3 +355,26 @@ def test_bad_arguments_are_refused_in_one_sentence():
         with pytest.raises((ValueError, TypeError), match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+# --- the examples ---
+
+
+def test_the_mini_llama_gives_the_logits_of_the_compressed_transformers_model(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    from mini_llama import CONFIG, DATA, Llama
+
+    # Fused or apart, `uniform` gives the same codes; the embedding and its tied head too.
+    body, table = "uniform(bits=4, group=64)", "uniform(bits=8, group=64)"
+    mine = Llama(body, table).eval()
+    other = hf.from_pretrained(DATA / "novels_lm")
+    rs.compress(other, codec=body, plan=[("*embed_tokens", table)], progress=False)
+    assert other.lm_head.codes is other.model.embed_tokens.codes
+    ids = torch.randint(0, CONFIG["vocab_size"], (2, 24))
+    with torch.no_grad():
+        want = other(ids).logits
+        assert walk.relative(mine(ids), want) <= EXACT
+        caches = [block.attention.empty_cache(2) for block in mine.blocks]
+        steps = torch.cat([mine(part, caches) for part in ids.split([10, 1, 13], 1)], 1)
+    assert walk.relative(steps, want) <= EXACT
