@@ -229,7 +229,8 @@ def _move_into_place(part: Path, target: Path) -> None:
 
 
 def _note(plan: list[PlanEntry], tensors: Mapping[str, Tensor]) -> str:
-    weights = sum(math.prod(entry.shape) for entry in plan)
+    stored = [entry for entry in plan if f"{entry.prefix}codes" in tensors]  # tied layers once
+    weights = sum(math.prod(entry.shape) for entry in stored)
     names = [name for entry in plan for name in entry.tensors() if name in tensors]
     bits = sum(tensors[name].numel() * tensors[name].element_size() * 8 for name in names)
     rate = f" at {bits / weights:.3f} bits per weight, everything counted" if weights else ""

@@ -14,6 +14,7 @@ from torch.nn import functional
 import reality_stone as rs
 from reality_stone import ops, tensorfile
 from reality_stone.checkpoint import WEIGHTS
+from reality_stone.inspection import inspect
 from reality_stone.nn import RBEEmbedding, RBELinear
 
 CODEC = "uniform(bits=4, group=32)"
@@ -278,6 +279,26 @@ def test_tied_layers_are_stored_once_and_tied_again_after_loading(tmp_path, code
     assert (again / WEIGHTS).read_bytes() == (tmp_path / "m" / WEIGHTS).read_bytes()
     plan = json.loads((again / "config.json").read_text())["quantization_config"]["plan"]
     assert [entry.get("kind", "linear") for entry in plan] == ["embedding", "linear", "linear"]
+
+
+def test_a_tied_head_adds_nothing_to_the_rate_of_a_checkpoint(tmp_path):
+    model = tied()
+    rs.save(model, tmp_path / "m")
+    rate = 4 + 32 / 32  # codes; scale and zero in float16 for each group of 32
+    assert inspect(tmp_path / "m", progress=False).bits_per_weight == pytest.approx(rate)
+    assert "5.000 bits per weight" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_fine_tuning_tables_trains_those_of_an_embedding(tmp_path):
+    model, batches = tied(), torch.randint(1, 96, (8, 16))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rs.finetune(model, batches, state=tmp_path / "state", progress=False)
+    assert not torch.equal(model.embed.scale, before["embed.scale"])
+    assert are_tied(model)
+    again = tied()  # the finished run gives its result again
+    rs.finetune(again, batches, state=tmp_path / "state", progress=False)
+    assert torch.equal(again.embed.scale, model.embed.scale)
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def test_a_tie_to_a_tensor_of_another_size_is_refused(tmp_path):
