@@ -36,6 +36,8 @@ examples: $(BUILT)
 	$(PY) examples/qat_digits.py --seeds 1
 	$(PY) examples/code_descent.py --steps 8 --windows 16
 	$(PY) examples/run_notebooks.py --quick
+	$(PY) examples/mini_llama.py
+	$(PY) examples/mini_gpt2.py
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)
