@@ -34,6 +34,7 @@ class RBEEmbedding(Compressed):
     """
 
     kind, dense_name = "embedding", "nn.Embedding"
+    on_request = True
     kept = ()
 
     def __init__(
