@@ -189,7 +189,9 @@ def _kept_dense(model: nn.Module) -> set[str]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.device.type != "meta":
+        if isinstance(weight, nn.Parameter) and weight.is_meta:
+            owners.setdefault(id(weight), []).append(name)
+        elif isinstance(weight, Tensor) and not weight.is_meta:
             owners.setdefault(weight.data_ptr(), []).append(name)
     kept = {n for names in owners.values() if len(names) > 1 for n in names}
     head = getattr(model, "get_output_embeddings", lambda: None)()

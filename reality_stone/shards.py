@@ -1,8 +1,8 @@
 """The weights of a model directory: model.safetensors, or an index and the shards it names.
 
 model.safetensors.index.json holds {"weight_map": {tensor: file name}, "metadata": {...}}. A file
-name is just that: a shard lies in the directory itself, or, in a snapshot of the Hugging Face cache,
-among the blobs of the same model, where the snapshot's links lead.
+name is just that: a shard lies in the directory itself, or, in a snapshot of the Hugging Face
+cache, among the blobs of the same model, where the snapshot's links lead.
 """
 
 from __future__ import annotations

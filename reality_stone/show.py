@@ -87,6 +87,11 @@ def training(found: DirectoryTraining) -> str:
     return "\n".join([*lines, f"time        {done.seconds:.1f} s", f"saved       {found.target}"])
 
 
+def decompressed(found: Decompressed) -> str:
+    files = "one file" if len(found.files) == 1 else f"{len(found.files)} files"
+    return f"{found.layers} layers decoded to {found.dtype}: {size(found.size)} in {files}"
+
+
 def contents(found: Contents) -> str:
     rows = [
         (layer.name, f"{layer.shape[0]} x {layer.shape[1]}", codec(layer.codec),

@@ -135,8 +135,14 @@ def read_header(path: Path, *, tolerate: bool = False) -> Header:
     return Header(path, size, entries, metadata, tuple(problems))
 
 
+def header_digest(path: Path) -> str:
+    """sha256 of the header's bytes of a file that read_header has found right."""
+    with path.open("rb") as file:
+        return hashlib.sha256(_header_bytes(path, file, path.stat().st_size)).hexdigest()
+
+
 def read_tensor(header: Header, entry: Entry, file: BinaryIO | None = None) -> Tensor:
-    """One tensor, of `file` where its file is open. ValueError when its bytes are not those written."""
+    """One tensor; `file` is its file where that is open. ValueError when its bytes are damaged."""
     data = bytearray(entry.bytes)
     if file is None:
         with _open(entry) as file:
