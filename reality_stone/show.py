@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .doctor import Diagnosis
     from .inspection import Contents
     from .jobs import DirectoryEvaluation, DirectoryTraining
+    from .streaming import Decompressed
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
