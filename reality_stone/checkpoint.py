@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import shards, tensorfile
-from .nn import RBELinear
+from .nn import Compressed
 from .packed import Packed, storage_dtype
 from .shards import WEIGHTS
 from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
@@ -125,9 +125,15 @@ def _tensors(
     model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"tensor {name!r} is divided over ranks: save inside `with "
+                "reality_stone.parallel.gathered(model):`"
+            )
     packed: dict[str, Tensor] = {}
     for entry in plan:
-        if model.get_submodule(entry.name).adapter is not None:
+        if getattr(model.get_submodule(entry.name), "adapter", None) is not None:
             raise ValueError(
                 f"layer {entry.name!r} has an adapter, which is no part of a checkpoint: write it "
                 "with nn.lora.save_adapter, then take it off with remove_lora or merge"
@@ -181,7 +187,9 @@ def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _model_config(model: nn.Module, dense_dtype: torch.dtype | None) -> dict[str, Any]:
     config = getattr(model, "config", None)
     known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
-    known["architectures"] = [type(model).__name__]
+    # FSDP2 puts a class of its own before the model's.
+    own = (c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed"))
+    known["architectures"] = [next(own).__name__]
     if known.get("model_type"):
         dtype = dense_dtype or getattr(model, "dtype", torch.float32)
         known["dtype"] = str(dtype).removeprefix("torch.")
@@ -423,7 +431,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     packed: dict[str, str] = {}
     for entry in plan:
         layer = find_layer(model, entry)
-        if layer is model and not (isinstance(layer, RBELinear) and layer.codec == entry.codec):
+        if layer is model and not (isinstance(layer, Compressed) and layer.codec == entry.codec):
             raise ValueError("the model is itself the layer to swap: put it into a module first")
         # Under all its names, where the model uses the layer more than once.
         for name, module in model.named_modules(remove_duplicate=False):
@@ -461,8 +469,8 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _device(layer: nn.Linear | RBELinear) -> torch.device:
-    return layer.codes.device if isinstance(layer, RBELinear) else layer.weight.device
+def _device(layer: nn.Module) -> torch.device:
+    return layer.codes.device if isinstance(layer, Compressed) else layer.weight.device
 
 
 def _is_tensor(value: Any) -> bool:

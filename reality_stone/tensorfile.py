@@ -39,7 +39,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 MAX_SIZE = 1 << 48  # of one dimension
-CHUNK = 1 << 24  # bytes read or written at once where a whole tensor is not needed
+CHUNK = 1 << 22  # bytes read or written at once where a whole tensor is not needed
 
 
 @dataclass(frozen=True)

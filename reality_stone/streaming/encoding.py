@@ -13,7 +13,7 @@ from ..packed import Packed
 from .layout import Target
 from .recipes import Recipe
 
-SLAB = 1 << 22  # weights that are float32 at once where a codec takes rows one by one
+SLAB = 1 << 20  # weights that are float32 at once where a codec takes rows one by one
 
 
 def encode(target: Target, seed: int, given: Mapping[str, Tensor]) -> tuple[Packed, float]:
