@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import reality_stone as rs
 from reality_stone import compare, hf
-from reality_stone.compress import choose_codecs
 from reality_stone.jobs import Calibration
+from reality_stone.targets import choose_codecs
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 CONTEXT = 256

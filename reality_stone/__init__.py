@@ -3,7 +3,7 @@
 from . import derivative, metrics, nn, optim, quantizers, reference  # noqa: F401  (reference registers kernels)
 from .checkpoint import load, save
 from .codecs import Codec, codec, codecs
-from .compress import Report, compress
+from .compress import Report, compress, coverage
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
@@ -13,7 +13,7 @@ from .training import TrainingReport, finetune
 __version__ = "0.1.0"
 __all__ = [
     "Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs",
-    "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
+    "compress", "coverage", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
     "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "quantizers", "replace",
     "save",
 ]  # fmt: skip

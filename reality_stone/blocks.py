@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nn import RBEExperts
+
 
 @dataclass
 class Call:
-    """Arguments of one forward call."""
+    """Arguments of one forward call. `mask` (batch, length): the positions that are no padding."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    mask: Tensor | None = None
 
     def on(self, module: nn.Module) -> Any:
         return module(*self.args, **self.kwargs)
@@ -46,7 +49,8 @@ def calls_from(
     """Calibration data as forward calls.
 
     Takes a tensor (cut into batches of `batch` rows), a list of tensors, tuples or keyword mappings
-    (one call each), or with a tokenizer a text or list of texts. Raises ValueError when empty.
+    (one call each), or with a tokenizer a text or list of texts. Positions at which a mapping's
+    `attention_mask` is zero are padding and calibrate nothing. Raises ValueError when empty.
     """
     if tokenizer is not None and not isinstance(calibration, Tensor):
         calibration = _tokenize(calibration, tokenizer, context)
@@ -61,7 +65,7 @@ def calls_from(
         if isinstance(item, Tensor):
             calls += [Call((item,))] if item.numel() else []
         elif isinstance(item, Mapping):
-            calls.append(Call(kwargs=dict(item)))
+            calls.append(Call(kwargs=dict(item), mask=_padding(item.get("attention_mask"))))
         elif isinstance(item, Sequence):
             calls.append(Call(tuple(item)))
         else:
@@ -71,6 +75,13 @@ def calls_from(
     if not calls:
         raise ValueError("the calibration set is empty")
     return calls
+
+
+def _padding(mask: Any) -> Tensor | None:
+    """A (batch, length) attention mask as the positions that count, None where all do."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return None if bool(mask.all()) else mask.bool()
 
 
 def _tokenize(texts: str | Sequence[str], tokenizer: Any, context: int) -> Tensor:
@@ -87,6 +98,10 @@ def to_device(calls: Sequence[Call], device: torch.device) -> None:
     """Move the tensors among the calls' arguments, in place."""
     for call in calls:
         call.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in call.args)
+        call.kwargs = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.kwargs.items()
+        }
+        call.mask = call.mask if call.mask is None else call.mask.to(device)
 
 
 def inside(name: str, block: str) -> bool:
@@ -124,8 +139,8 @@ def stages(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> Ite
     hidden = [per_block[0].args[0] for per_block in seen]
     for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
         current = [
-            Call((h, *per_block[i].args[1:]), per_block[i].kwargs)
-            for h, per_block in zip(hidden, seen, strict=True)
+            Call((h, *per_block[i].args[1:]), per_block[i].kwargs, call.mask)
+            for h, per_block, call in zip(hidden, seen, calls, strict=True)
         ]
         yield Stage(name, block, current)
         if i + 1 < len(blocks):
@@ -191,16 +206,17 @@ def execution_groups(stage: Stage, targets: Mapping[str, nn.Module]) -> list[lis
     keep = []  # inputs stay alive, so that an address stands for one tensor
 
     def hook(name):
-        def enter(module, args):
-            x = args[0]
+        def enter(module, args, kwargs):
+            x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             keep.append(x)
             order.append((name, (x.data_ptr(), tuple(x.shape), tuple(x.stride()))))
 
         return enter
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in targets.items()]
     try:
-        stage.calls[0].on(stage.module)
+        for call in stage.calls[:1]:
+            call.on(stage.module)
     finally:
         for handle in handles:
             handle.remove()
@@ -225,23 +241,66 @@ def input_hessian(stage: Stage, module: nn.Module) -> Tensor | None:
     A pass ends as soon as the module has been seen.
     """
     total, count = None, 0
-
-    def enter(_, args):
-        nonlocal total, count
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
+    for call, (args, _) in arguments(stage, module):
+        x = not_padding(args[0], call.mask).float()
         product = (x.t() @ x).double()
         total = product if total is None else total.add_(product)
         count += x.shape[0]
+    return None if count == 0 else total.div_(count).cpu()
+
+
+def not_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows (n, in) of x (..., in) that stand for a position of the mask (batch, length), or all
+    where rows and positions are not the same."""
+    rows = x.reshape(-1, x.shape[-1])
+    positions = mask is not None and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),))
+    return rows[mask.flatten()] if positions else rows
+
+
+def arguments(stage: Stage, module: nn.Module) -> Iterator[tuple[Call, tuple[tuple, dict]]]:
+    """(args, kwargs) of a module for each of a stage's calls that reaches it."""
+    seen: list[tuple[tuple, dict]] = []
+
+    def enter(_, args, kwargs):
+        seen.append((args, kwargs))
         raise _Stop
 
-    handle = module.register_forward_pre_hook(enter)
-    try:
-        for call in stage.calls:
+    for call in stage.calls:
+        handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
             with suppress(_Stop):
                 call.on(stage.module)
-    finally:
-        handle.remove()
-    return None if total is None else total.div_(max(1, count)).cpu()
+        finally:
+            handle.remove()
+        if seen:
+            yield call, seen.pop()
+
+
+class _Expert(nn.Module):
+    """One of several experts as a module by itself, which sees its layers change."""
+
+    def __init__(self, experts: RBEExperts, number: int):
+        super().__init__()
+        self.experts, self.number = experts, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts.expert(self.number, x)
+
+
+@torch.no_grad()
+def expert_stages(stage: Stage, name: str, experts: RBEExperts) -> Iterator[Stage]:
+    """A stage for each expert, whose calls hold the tokens that reach it, padding left out."""
+    routed = []
+    for call, (args, kwargs) in arguments(stage, experts):
+        hidden, index, *_ = (*args, *kwargs.values())
+        kept = call.mask is not None and index.shape[0] == call.mask.numel()
+        if kept:
+            hidden, index = hidden[call.mask.flatten()], index[call.mask.flatten()]
+        rows = [slots // index.shape[1] for slots in experts.slots(index)]
+        routed.append((hidden, rows))
+    for number in range(experts.num_experts):
+        calls = [Call((x[rows[number]],)) for x, rows in routed if rows[number].numel()]
+        yield Stage(name, _Expert(experts, number), calls)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import shards, tensorfile
 from .nn import Compressed
+from .nn.experts import unfused
 from .packed import Packed, storage_dtype
 from .shards import WEIGHTS
 from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
@@ -278,6 +279,11 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     FileNotFoundError or ValueError in one sentence, and has then changed nothing in the model.
     """
     checkpoint = open_checkpoint(directory)
+    with unfused(model, [entry.name for entry in checkpoint.plan]):
+        return _fill(model, checkpoint)
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     file = checkpoint.header.path
     try:
         names = _match(model, checkpoint)

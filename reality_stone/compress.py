@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from . import metrics
 from .blocks import (
+    Call,
     Stage,
     calls_from,
     execution_groups,
+    expert_stages,
     find_blocks,
     inference,
     input_hessian,
@@ -25,12 +27,11 @@ from .blocks import (
     stages,
     to_device,
 )
-from .codecs import REGISTRY, Codec
-from .codecs import codec as make_codec
-from .nn import RBELinear
+from .codecs import Codec
+from .nn import Compressed, RBEExperts
+from .nn.experts import unfused
 from .packed import storage_bits
-
-SMALLEST = 4096  # weights; below this a layer stays dense
+from .targets import ASKED, ENOUGH, choose, kind_of, matrices, share
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Report:
     """What `compress` did. Sizes are in bytes and count everything stored."""
 
     layers: list[LayerReport] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # linear layers left dense
+    skipped: dict[str, str] = field(default_factory=dict)  # matrices left dense: why
+    coverage: float = 1.0  # share of the weights in matrices that codes hold; see targets.matrices
     seconds: float = 0.0
 
     @property
@@ -69,6 +71,7 @@ class Report:
         return {
             "bits_per_weight": self.bits_per_weight,
             "weights": self.weights,
+            "coverage": self.coverage,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "layers": [asdict(layer) for layer in self.layers],
@@ -88,10 +91,11 @@ class Report:
             )
         lines.append(
             f"{len(self.layers)} layers, {self.weights:,} weights at {self.bits_per_weight:.3f} "
-            f"bits each in {self.seconds:.1f} s"
+            f"bits each in {self.seconds:.1f} s, {self.coverage:.1%} of those in matrices"
         )
-        if self.skipped:
-            lines.append(f"left dense: {', '.join(self.skipped)}")
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [name for name, why in self.skipped.items() if why == reason]
+            lines.append(f"left dense, {reason}: {_listed(names)}")
         return "\n".join(lines)
 
     def print(self) -> None:
@@ -116,7 +120,9 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Replace the nn.Linear layers of `model` by RBELinear, in place.
+    """Replace the linear layers of `model` by compressed ones, in place.
+
+    Those are nn.Linear, the Conv1D of GPT-2, and each matrix of fused experts (see nn.RBEExperts).
 
     calibration: None (no error feedback), a tensor of inputs or token ids (n, length), a list of
         batches, or texts with `tokenizer` (cut into windows of `context` tokens).
@@ -125,77 +131,66 @@ def compress(
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
-    An interrupt leaves every layer either dense or compressed. Raises ValueError on a weight
-    that is not finite, naming layer and position, before that layer is changed.
+    The report names what stays dense and why; warns where that is more than a tenth of the weights
+    in matrices and was not asked for, and where calibration did not reach a layer. An interrupt
+    leaves every layer either dense or compressed. Raises ValueError on a weight that is not finite,
+    naming layer and position, before that layer is changed.
     """
-    chosen = choose_codecs(model, bits, codec, plan, skip)
-    targets = {name: model.get_submodule(name) for name in chosen}
-    report = Report(skipped=[n for n, m in linears(model).items() if n not in targets])
+    calls = None if calibration is None else calls_from(calibration, batch, tokenizer, context)
     start = time.perf_counter()
-    with (
-        inference(model),
-        tqdm(
-            total=len(targets), desc="compress", disable=None if progress else True, leave=False
-        ) as bar,
-    ):
-        job = _Job(model, chosen, seed, report, bar)
-        job.fit_common()
-        if calibration is None:
-            for name in targets:
-                job.replace(name, None)
-        else:
-            _calibrated(job, targets, calls_from(calibration, batch, tokenizer, context))
+    with unfused(model), inference(model):
+        choice = choose(model, bits, codec, plan, skip)
+        if "" in choice.codecs:
+            raise ValueError(
+                "the model is itself the layer to compress: put it into a module first"
+            )
+        report = Report(skipped=choice.reasons)
+        with tqdm(
+            total=len(choice.codecs),
+            desc="compress",
+            disable=None if progress else True,
+            leave=False,
+        ) as bar:
+            job = _Job(model, choice.codecs, seed, report, bar)
+            job.fit_common()
+            if calls is None:
+                for name in choice.codecs:
+                    job.replace(name, None)
+            else:
+                _calibrated(job, calls)
+        cover(model, report)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear by name; one that appears twice under its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def coverage(model: nn.Module | Report) -> float:
+    """Share of the weights in matrices that codes hold; embeddings and the output head count not.
+
+    Of a model as it is, or of the one that a report is about.
+    """
+    return model.coverage if isinstance(model, Report) else share(matrices(model))
 
 
-def choose_codecs(
-    model: nn.Module,
-    bits: float,
-    codec: str | Codec,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
-    skip: Sequence[str] = (),
-) -> dict[str, Codec]:
-    """The codec of each layer that is to be compressed. Raises ValueError when there is none."""
-    if isinstance(codec, str) and codec in REGISTRY:
-        default = REGISTRY[codec].at_bits(bits)
-    else:
-        default = make_codec(codec)
-    layers, dense = linears(model), _kept_dense(model)
-    chosen: dict[str, Codec] = {}
-    for name, layer in layers.items():
-        planned = next((c for pattern, c in plan if fnmatch.fnmatchcase(name, pattern)), ...)
-        if planned is ...:
-            small = layer.weight.numel() < SMALLEST
-            skipped = any(fnmatch.fnmatchcase(name, p) for p in skip)
-            planned = None if small or skipped or name in dense else default
-        if planned is not None:
-            chosen[name] = make_codec(planned)
-    if not chosen:
-        raise ValueError(
-            f"nothing to compress: the model has {len(layers)} nn.Linear layers and all are "
-            f"output heads, tied, skipped or below {SMALLEST} weights"
+def cover(model: nn.Module, report: Report) -> None:
+    """Coverage and what unknown modules hold into the report; a warning where it is low."""
+    found = matrices(model)
+    dense = [m for m in found if not m.compressed]
+    report.coverage = share(found)
+    report.skipped |= {m.name: m.reason for m in dense if m.name not in report.skipped}
+    unasked = [m for m in dense if report.skipped[m.name] != ASKED]
+    if share([m for m in found if m.compressed] + unasked) < ENOUGH:
+        unasked.sort(key=lambda m: -m.weights)
+        largest = [f"{m.name} ({m.weights:,} weights, {report.skipped[m.name]})" for m in unasked]
+        warnings.warn(
+            f"only {report.coverage:.1%} of the weights in matrices are compressed; left dense: "
+            f"{_listed(largest, 3)}",
+            stacklevel=3,
         )
-    return chosen
 
 
-def _kept_dense(model: nn.Module) -> set[str]:
-    """Names of linear layers that are an output head or share their weight with another module."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.is_meta:
-            owners.setdefault(id(weight), []).append(name)
-        elif isinstance(weight, Tensor) and not weight.is_meta:
-            owners.setdefault(weight.data_ptr(), []).append(name)
-    kept = {n for names in owners.values() if len(names) > 1 for n in names}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return kept | {n for n, m in model.named_modules() if m is head}
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass
@@ -207,18 +202,27 @@ class _Job:
     seed: int
     report: Report
     bar: tqdm
+    unreached: list[str] = field(default_factory=list)  # encoded without the calibration there was
     # By codec: the params that its layers share, and the one Parameter each of them became.
     given: dict[Codec, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[tuple, nn.Parameter] = field(default_factory=dict)
+    # Everywhere a module hangs, so that layers used twice stay one.
+    places: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for parent in self.model.modules():
+            for leaf, child in parent._modules.items():
+                self.places.setdefault(id(child), []).append((parent, leaf))
 
     def fit_common(self) -> None:
         """The tables that a codec wants one of for the whole model."""
         for codec in dict.fromkeys(c for c in self.chosen.values() if c.common):
             names = [name for name, c in self.chosen.items() if c == codec]
-            weights = [self.model.get_submodule(name).weight for name in names]
+            layers = map(self.model.get_submodule, names)
+            weights = [kind_of(layer).dense_weight(layer) for layer in layers]
             self.given[codec] = codec.fit_common(weights, self.seed)
 
-    def tie(self, layer: RBELinear) -> float:
+    def tie(self, layer: Compressed) -> float:
         """Share the common params with the layers before; the bits that this saves."""
         saved = 0
         for name in layer.codec.common:
@@ -229,12 +233,13 @@ class _Job:
                 setattr(layer, name, one)
         return saved
 
-    def replace(self, name: str, hessian: Tensor | None) -> None:
+    def replace(self, name: str, hessian: Tensor | None, calibrated: bool = False) -> None:
         start = time.perf_counter()
         dense = self.model.get_submodule(name)
+        kind = kind_of(dense)
         self.bar.set_postfix_str(name)
         try:
-            layer = RBELinear.from_linear(
+            layer = kind.from_dense(
                 dense,
                 self.chosen[name],
                 hessian,
@@ -244,11 +249,11 @@ class _Job:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        w, q = dense.weight.detach().float(), layer.weight
+        w, q = kind.dense_weight(dense).detach().float(), layer.weight
         usable = hessian is not None and bool(hessian.isfinite().all())
         saved = self.tie(layer)
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, layer)
+        for parent, leaf in self.places[id(dense)]:
+            parent._modules[leaf] = layer
         self.report.layers.append(
             LayerReport(
                 name,
@@ -260,25 +265,54 @@ class _Job:
                 time.perf_counter() - start,
             )
         )
+        if calibrated and hessian is None:
+            self.unreached.append(name)
         self.bar.update()
 
 
-def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list) -> None:
+def _calibrated(job: _Job, calls: list[Call]) -> None:
     model = job.model
-    device = next(model.parameters()).device
-    to_device(calls, device)
+    targets = {name: model.get_submodule(name) for name in job.chosen}
+    to_device(calls, next(model.parameters()).device)
     blocks = find_blocks(model, targets)
     covered = {n for n in targets if any(inside(n, b) for b in blocks)}
     for stage in stages(model, blocks, calls):
-        here = {n: m for n, m in targets.items() if n in covered and inside(n, stage.name)}
-        if not here:
-            continue
-        for group in execution_groups(stage, here):
-            hessian = input_hessian(stage, here[group[0]])
-            for name in group:
-                job.replace(name, hessian)
+        _encode(job, stage, {n: targets[n] for n in covered if inside(n, stage.name)})
+    # Before or after the blocks: the rest of a model that is mostly blocks.
+    _encode(job, Stage("", model, calls), {n: m for n, m in targets.items() if n not in covered})
+    if job.unreached:
+        warnings.warn(
+            f"no calibration input reaches {len(job.unreached)} of {len(targets)} layers, which "
+            f"are encoded without it: {_listed(job.unreached)}",
+            stacklevel=3,
+        )
+
+
+def _encode(job: _Job, stage: Stage, targets: Mapping[str, nn.Module]) -> None:
+    """The targets of a stage, each on what those before it now put out."""
+    units = _units(job.model, targets)
+    for group in execution_groups(stage, units) if units else ():
+        first = next((n for n in group if n in targets), None)
+        hessian = None if first is None else input_hessian(stage, targets[first])
+        for name in group:
+            if name in targets:
+                job.replace(name, hessian, calibrated=True)
                 if name == stage.name:  # a block that is itself a layer
-                    stage.module = model.get_submodule(name)
-    for name in targets:  # before or after the blocks: the rest of a model that is mostly blocks
-        if name not in covered:
-            job.replace(name, input_hessian(Stage("", model, calls), targets[name]))
+                    stage.module = job.model.get_submodule(name)
+                continue
+            for number, expert in enumerate(expert_stages(stage, name, units[name])):
+                for matrix in units[name].matrices:
+                    own = f"{name}.{matrix}.{number}"
+                    if own in targets:
+                        job.replace(own, input_hessian(expert, targets[own]), calibrated=True)
+
+
+def _units(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets, experts of one mixture as one."""
+    units: dict[str, nn.Module] = {}
+    for name, module in targets.items():
+        owner = ".".join(name.split(".")[:-2])
+        mixture = model.get_submodule(owner)
+        together = isinstance(mixture, RBEExperts)
+        units[owner if together else name] = mixture if together else module
+    return units

@@ -12,6 +12,7 @@ from torch import nn
 from . import tensorfile
 from .codecs import Codec, from_config
 from .nn import KINDS, Compressed
+from .nn.experts import fuse, swap_modules, unfused
 
 # What a codec may raise on settings or codes that are not its own.
 WRONG = (ValueError, TypeError, OverflowError, AttributeError, RecursionError, ZeroDivisionError)
@@ -82,10 +83,16 @@ def plan_of(model: nn.Module) -> list[PlanEntry]:
 def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> nn.Module:
     """Swap the layers of `plan` for compressed ones without data (meta device), in place.
 
-    A layer that is already what the plan says is left alone. Raises ValueError, before any change,
-    on a name that is not there and on a layer of another kind or shape.
+    A layer that is already what the plan says is left alone; fused experts that the plan names one
+    by one become nn.RBEExperts. Raises ValueError, before any change, on a name that is not there
+    and on a layer of another kind or shape.
     """
     entries = plan_entries(plan)
+    with unfused(model, [entry.name for entry in entries]):
+        return _replace(model, entries)
+
+
+def _replace(model: nn.Module, entries: list[PlanEntry]) -> nn.Module:
     swaps: dict[int, nn.Module] = {}
     for entry in entries:
         old = find_layer(model, entry)
@@ -104,7 +111,8 @@ def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> 
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Swap every compressed layer for the dense one with the decoded weight, in place.
+    """Swap every compressed layer for the dense one with the decoded weight, in place; experts are
+    one tensor again.
 
     `dtype` defaults to that of the model's first parameter outside compressed layers, or float32.
     """
@@ -115,15 +123,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if isinstance(model, Compressed):
         return model.to_dense(dtype)
     swap_modules(model, {id(layer): layer.to_dense(dtype) for layer in layers})
-    return model
-
-
-def swap_modules(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
-    """Everywhere a module hangs, so that layers used twice stay one."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in swaps:
-                parent._modules[name] = swaps[id(child)]
+    return fuse(model)
 
 
 def plan_entries(plan: Iterable[PlanEntry | Mapping[str, Any]]) -> list[PlanEntry]:

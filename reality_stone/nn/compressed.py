@@ -22,6 +22,7 @@ class Compressed(nn.Module):
 
     kind: ClassVar[str]
     dense_name: ClassVar[str]  # of the dense module, for messages
+    on_request: ClassVar[bool] = False  # dense unless a plan names it, and no part of coverage
     bias: Tensor | None
     codes: Tensor
 

@@ -54,6 +54,7 @@ class TrainableRBELinear(nn.Module):
     in_features: int
     out_features: int
     layer: RBELinear | None  # once finalized
+    becomes: type[RBELinear] = RBELinear  # the kind of `layer`
     codes: Tensor
     offset: Tensor
     hessian: Tensor
@@ -120,6 +121,8 @@ class TrainableRBELinear(nn.Module):
             device="meta", **settings,
         )  # fmt: skip
         new.to_empty(device=layer.codes.device if packed else layer.weight.device, recurse=False)
+        if packed:
+            new.becomes = type(layer)
         with torch.no_grad():
             new.weight.copy_(layer.weight)
         if layer.bias is not None:
@@ -262,7 +265,7 @@ class TrainableRBELinear(nn.Module):
         """Write the final codes and drop the master weight; the layer then computes as the
         RBELinear returned. ValueError the second time."""
         self._alive("finalize")
-        layer = RBELinear.from_packed(self._encode().to(self.weight.device), self.bias)
+        layer = self.becomes.from_packed(self._encode().to(self.weight.device), self.bias)
         if self.bias is not None:
             layer.bias = self.bias
         for name in ("weight", "bias", "quantizer", "hessian", "offset", "codes", *self._names):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +159,14 @@ def _manifest(run: Run) -> dict[str, Any]:
     layout = run.layout
     return {
         "version": journal.VERSION, "written_by": f"reality-stone {__version__}",
-        "source": run.files(), "settings": {"seed": run.seed}, "left_dense": layout.skipped,
-        "left_out": layout.left_out,
+        "source": run.files(), "settings": {"seed": run.seed},
+        "left_dense": sorted(layout.report.skipped), "left_out": layout.left_out,
     }  # fmt: skip
 
 
 def _report(layout: Layout, records: Mapping[str, Record], seconds: float) -> Report:
     """As of rs.compress: a table that several layers share counts in the first."""
-    report = Report(skipped=layout.skipped, seconds=seconds)
+    report = replace(layout.report, layers=[], seconds=seconds)
     seen: set[tuple] = set()
     for target in layout.targets:
         record, entry = records[target.entry.name], target.entry

@@ -6,9 +6,11 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ from tqdm import tqdm
 
 from .. import checkpoint, shards, tensorfile
 from ..checkpoint import Checkpoint
+from ..nn import RBEExperts
+from ..nn.experts import unfused
 from ..swap import PlanEntry
 from ..tensorfile import CHUNK, Lazy
+from . import naming
 from .assembly import OTHER_FILES
 
 
@@ -93,15 +98,23 @@ def _write(opened: Checkpoint, directory: Path, dtype: torch.dtype, progress: bo
     header = opened.header
     packed: set[str] = set()
     stored: dict[str, tuple[Path, Lazy]] = {}
+    mixtures, turned = _mixtures(opened)
     for entry in opened.plan:
         places = checkpoint.stored_names(header, entry)
         packed |= set(places.values())
-        chunks = _decoder(opened, entry, dtype)
-        lazy = Lazy(dtype, entry.shape, chunks)
+        # transformers' Conv1D holds (in, out).
+        transposed = (entry.kind == "conv1d") != (entry.name in turned)
+        shape = entry.shape[::-1] if transposed else entry.shape
+        lazy = Lazy(dtype, shape, _decoder(opened, entry, dtype, transposed))
         stored[f"{entry.prefix}weight"] = header.entries[f"{entry.prefix}codes"].path, lazy
     for name, entry in header.entries.items():
         if name not in packed:
-            stored[name] = entry.path, Lazy(entry.dtype, entry.shape, _copier(opened, name))
+            transposed = name.removesuffix(".weight") in turned
+            shape = entry.shape[::-1] if transposed else entry.shape
+            lazy = Lazy(entry.dtype, shape, _copier(opened, name, transposed))
+            stored[name] = entry.path, lazy
+    for name, parts in mixtures:
+        _stack(stored, name, parts, dtype)
     paths = sorted({path for path, _ in stored.values()})
     names = [shards.shard_name(k, len(paths)) for k in range(len(paths))]
     bar = tqdm(
@@ -119,6 +132,54 @@ def _write(opened: Checkpoint, directory: Path, dtype: torch.dtype, progress: bo
     return names
 
 
+def _mixtures(opened: Checkpoint) -> tuple[list[tuple[str, list[str]]], set[str]]:
+    """(name of a tensor that holds all experts, names of theirs) and the layers it has transposed.
+
+    Only the model knows which layers are such: it is built without data where a plan names any.
+    """
+    if not any(entry.name.rpartition(".")[2].isdecimal() for entry in opened.plan):
+        return [], set()
+    config = {k: v for k, v in opened.config.items() if k != "quantization_config"}
+    model, reason = naming.model_on_meta(config)
+    if model is None:
+        warnings.warn(
+            f"{opened.directory}: {reason}: experts are written one by one, if there are any",
+            stacklevel=2,
+        )
+        return [], set()
+    found: list[tuple[str, list[str]]] = []
+    turned: set[str] = set()
+    packed = {entry.name for entry in opened.plan}
+    with unfused(model, packed):
+        for path, module in model.named_modules():
+            if not isinstance(module, RBEExperts):
+                continue
+            for matrix in module.matrices:
+                own = [f"{path}.{matrix}.{i}" for i in range(module.num_experts)]
+                found.append((f"{path}.{matrix}", [f"{name}.weight" for name in own]))
+                if module.has_bias:
+                    found.append((f"{path}.{matrix}_bias", [f"{name}.bias" for name in own]))
+                turned |= set(own) if module.is_transposed else set()
+    return found, turned
+
+
+def _stack(
+    stored: dict[str, tuple[Path, Lazy]], name: str, parts: list[str], dtype: torch.dtype
+) -> None:
+    """Put one tensor of all experts in the place of theirs."""
+    taken = [stored.pop(part) for part in parts]
+    lazies = [lazy for _, lazy in taken]
+
+    def chunks():
+        for lazy in lazies:
+            for chunk in lazy.chunks():
+                made = tensorfile.as_tensor(bytearray(chunk), lazy.dtype, (-1,)).to(dtype)
+                yield tensorfile.as_bytes(made)
+
+    shape = lazies[0].shape
+    stored[name] = taken[0][0], Lazy(dtype, (len(lazies), *shape), chunks)
+
+
 def _counted(lazy: Lazy, bar: tqdm) -> Lazy:
     def chunks():
         yield from lazy.chunks()
@@ -127,9 +188,11 @@ def _counted(lazy: Lazy, bar: tqdm) -> Lazy:
     return Lazy(lazy.dtype, lazy.shape, chunks)
 
 
-def _copier(opened: Checkpoint, name: str) -> Callable[[], Iterator[bytearray]]:
+def _copier(opened: Checkpoint, name: str, transposed: bool) -> Callable[[], Iterator[Any]]:
     def chunks():
         entry = opened.header.entries[name]
+        if transposed:
+            return iter([tensorfile.as_bytes(tensorfile.read_tensor(opened.header, entry).t())])
         tensorfile.check_digest(opened.header, entry)
         return tensorfile.read_chunks(entry)
 
@@ -137,7 +200,7 @@ def _copier(opened: Checkpoint, name: str) -> Callable[[], Iterator[bytearray]]:
 
 
 def _decoder(
-    opened: Checkpoint, entry: PlanEntry, dtype: torch.dtype
+    opened: Checkpoint, entry: PlanEntry, dtype: torch.dtype, transposed: bool
 ) -> Callable[[], Iterator[memoryview]]:
     def chunks():
         header = opened.header
@@ -146,6 +209,7 @@ def _decoder(
             name: tensorfile.read_tensor(header, header.entries[name]) for name in places.values()
         }
         weight = checkpoint.check_layer(header, entry, tensors).decode()
+        weight = weight.t() if transposed else weight
         rows = max(1, CHUNK // max(1, 4 * weight.shape[1]))
         for slab in weight.split(rows):
             yield tensorfile.as_bytes(slab.to(dtype))

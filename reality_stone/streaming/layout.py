@@ -16,8 +16,11 @@ from torch import nn
 
 from .. import checkpoint, shards, tensorfile
 from ..codecs import Codec
-from ..compress import SMALLEST, choose_codecs, linears
+from ..compress import Report, cover
+from ..nn import RBEExperts
+from ..nn.experts import unfused
 from ..swap import PlanEntry, replace
+from ..targets import SMALLEST, choose, kind_of
 from ..tensorfile import Header
 from . import naming
 from .recipes import Recipe
@@ -37,8 +40,8 @@ class Layout:
     """What the packed checkpoint will hold.
 
     recipes: the dense tensors of the model's state. names: the state of the packed model, each with
-    the first name of the same tensor. skipped: weights that stay dense. left_out: tensors of the
-    files that the model has no place for.
+    the first name of the same tensor. report: what stays dense and why, still without layers.
+    left_out: tensors of the files that the model has no place for.
     """
 
     directory: Path
@@ -47,7 +50,7 @@ class Layout:
     targets: list[Target]
     recipes: dict[str, Recipe]
     names: dict[str, str]
-    skipped: list[str]
+    report: Report
     left_out: list[str]
 
     @property
@@ -85,15 +88,36 @@ def plan_layout(
     else:
         recipes = naming.recipes(model, header)
     recipes = _complete(header, model, recipes)
-    chosen = choose_codecs(model, bits, codec, plan, skip)
-    targets = [_target(model, recipes, *item, i) for i, item in enumerate(chosen.items())]
     used = {entry.name for recipe in recipes.values() for entry in recipe.parts}
-    skipped = [*(n for n in linears(model) if n not in chosen), *_other_weights(model)]
-    replace(model, [target.entry for target in targets])
+    with unfused(model):
+        recipes |= _experts(model, recipes)
+        choice = choose(model, bits, codec, plan, skip)
+        targets = [_target(model, recipes, *one, i) for i, one in enumerate(choice.codecs.items())]
+        replace(model, [target.entry for target in targets])
+    report = Report(skipped=choice.reasons)
+    cover(model, report)
+    left_out = sorted(set(header.entries) - used)
     return Layout(
-        directory, config, header, targets, recipes, _first_names(model), skipped,
-        sorted(set(header.entries) - used),
-    )  # fmt: skip
+        directory, config, header, targets, recipes, _first_names(model), report, left_out
+    )
+
+
+def _experts(model: nn.Module, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Recipes for the layers of experts that hold all of them in one tensor elsewhere."""
+    found: dict[str, Recipe] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, RBEExperts):
+            continue
+        for matrix in module.matrices:
+            fused = recipes[f"{path}.{matrix}"]
+            for number in range(module.num_experts):
+                one, place = naming.expert(fused, number)
+                weight = one.at(place, module.is_transposed)
+                found[f"{path}.{matrix}.{number}.weight"] = weight
+                if module.has_bias:
+                    bias = recipes[f"{path}.{matrix}_bias"].at(number, False)
+                    found[f"{path}.{matrix}.{number}.bias"] = bias
+    return found
 
 
 def _check_dense(directory: Path, config: Mapping[str, Any]) -> None:
@@ -146,23 +170,16 @@ def _target(
     model: nn.Module, recipes: Mapping[str, Recipe], name: str, codec: Codec, index: int
 ) -> Target:
     module, weight = model.get_submodule(name), recipes[f"{name}.weight"]
+    kind = kind_of(module)
+    if kind.kind == "conv1d":
+        weight = weight.swapped()
+    shape = tuple(kind.dense_weight(module).shape)
+    if weight.shape != shape or len(shape) != 2:
+        raise ValueError(f"layer {name!r} ({type(module).__name__}) can be encoded in memory only")
     if not weight.dtype.is_floating_point:
         raise ValueError(
             f"{weight.shard}: tensor {weight.parts[0].name!r} is {weight.dtype}, "
             "only floating-point weights can be compressed"
         )
-    shape = (module.out_features, module.in_features)
-    entry = PlanEntry(name, shape, codec, module.bias is not None)
-    return Target(entry, weight, index)
-
-
-def _other_weights(model: nn.Module) -> list[str]:
-    """Large weights of modules that are neither linear layers nor embeddings."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            continue
-        for own, p in module.named_parameters(recurse=False):
-            if p.dim() >= 2 and p.numel() >= SMALLEST:
-                found.append(name if own == "weight" else f"{name}.{own}".lstrip("."))
-    return found
+    bias = getattr(module, "bias", None) is not None
+    return Target(PlanEntry(name, (shape[0], shape[1]), codec, bias, kind.kind), weight, index)

@@ -7,6 +7,7 @@ directory that transformers knows nothing of, the names of the tensors are all t
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,19 +83,54 @@ def recipes(model: nn.Module, header: Header) -> dict[str, Recipe]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a converter of transformers makes of tensors; called with them in the order of `parts`.
+
+    first: the name it is to make, of others the first. parts: (pattern of the converter, tensor).
+    """
+
+    model: nn.Module
+    converter: Any
+    first: str
+    parts: tuple[tuple[str, Entry], ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(entry for _, entry in self.parts)
+
+    def __call__(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        own = copy.deepcopy(self.converter)
+        for (pattern, entry), tensor in zip(self.parts, tensors, strict=True):
+            own.add_tensor(self.first, entry.name, pattern, tensor)
+        made = own.convert(self.first, model=self.model, config=self.model.config)
+        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
+
+    def only(self, number: int) -> Converted | None:
+        """The same of one expert's tensors; None where experts are not merged one by one."""
+        by_pattern: dict[str, list[Entry]] = {}
+        for pattern, entry in self.parts:
+            by_pattern.setdefault(pattern, []).append(entry)
+        operations = self.converter.operations
+        names = [type(operation).__name__ for operation in operations]
+        merged = names[0] == "MergeModulelist" and operations[0].dim == 0
+        later = all(
+            name == "Concatenate" and operation.dim > 0
+            for name, operation in zip(names[1:], operations[1:], strict=True)
+        )
+        counts = {len(entries) for entries in by_pattern.values()}
+        if not merged or not later or len(counts) != 1 or number >= min(counts):
+            return None
+        parts = tuple((pattern, entries[number]) for pattern, entries in by_pattern.items())
+        return dataclasses.replace(self, parts=parts)
+
+
 def _converted(
     model: nn.Module, header: Header, converter: Any, first: str, parts: list[tuple[str, Entry]]
 ) -> dict[str, Recipe]:
-    """Recipes for what a converter of transformers makes of several tensors, or of one."""
-    patterns, entries = [p for p, _ in parts], tuple(e for _, e in parts)
-
-    def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
-        own = copy.deepcopy(converter)
-        for pattern, entry, tensor in zip(patterns, entries, tensors, strict=True):
-            own.add_tensor(first, entry.name, pattern, tensor)
-        made = own.convert(first, model=model, config=model.config)
-        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
-
+    """Recipes for what a converter makes of several tensors, or of one."""
+    convert = Converted(model, converter, first, tuple(parts))
+    entries = convert.entries
     try:
         made = convert([torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries])
     except Exception as error:
@@ -106,6 +142,19 @@ def _converted(
         name: Recipe(name, tensor.dtype, tuple(tensor.shape), entries, header, convert)
         for name, tensor in made.items()
     }
+
+
+def expert(fused: Recipe, number: int) -> tuple[Recipe, int]:
+    """A recipe that has one expert, and at which index of its first dimension.
+
+    Files mostly hold experts one by one, and a model all of them in one tensor: then the recipe is
+    of that expert's own tensors, and it is alone.
+    """
+    own = fused.convert.only(number) if isinstance(fused.convert, Converted) else None
+    if own is None:
+        return fused, number
+    shape = (1, *fused.shape[1:])
+    return dataclasses.replace(fused, parts=own.entries, convert=own, shape=shape), 0
 
 
 def model_of_names(header: Header) -> nn.Module:
