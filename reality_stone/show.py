@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .doctor import Diagnosis
     from .inspection import Contents
     from .jobs import DirectoryEvaluation, DirectoryTraining
+    from .report import Measured
     from .streaming import Decompressed
 
 
@@ -91,6 +92,20 @@ def training(found: DirectoryTraining) -> str:
 def decompressed(found: Decompressed) -> str:
     files = "one file" if len(found.files) == 1 else f"{len(found.files)} files"
     return f"{found.layers} layers decoded to {found.dtype}: {size(found.size)} in {files}"
+
+
+def report(found: Measured, path: str) -> str:
+    lines = [f"bits        {found.contents.bits_per_weight:.3f} per weight"]
+    for name, values in (("weights", found.errors), ("outputs", found.output_errors)):
+        if values:
+            mean = sum(values.values()) / len(values)
+            lines.append(f"{name:<10}  {mean:.5f} of the power is lost, mean over layers")
+    if found.quality is not None:
+        dense = found.quality.dense
+        beside = "" if dense is None else f", dense {dense.perplexity:.3f}"
+        lines.append(f"perplexity  {found.quality.packed.perplexity:.3f}{beside}")
+    lines += [f"left out    {why}" for why in dict.fromkeys(found.gaps.values())]
+    return "\n".join([*lines, f"saved       {path}"])
 
 
 def contents(found: Contents) -> str:
