@@ -2,7 +2,8 @@
 
 `config.json` holds `quantization_config`: quant_method, version and the plan, one object for
 each compressed layer. The plan also stands in the metadata of model.safetensors, beside a sha256 of
-every tensor, so that damage is found and either file can be judged alone.
+every tensor, so that damage is found and either file can be judged alone. Where the weights are in
+several shards, each has the part of the plan that its own layers are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import tensorfile
+from . import shards, tensorfile
 from .nn import KINDS, Compressed
 from .nn.experts import unfused
 from .packed import Packed, storage_dtype
+from .shards import WEIGHTS
 from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
 from .tensorfile import Header
 
 METHOD = "reality_stone"
 VERSION = 1
 READERS = {1: "0.1.0"}  # checkpoint version -> first release that reads it
-WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "README.md"
+CONFIG, NOTE, MANIFEST = "config.json", "README.md", "manifest.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
@@ -198,7 +200,7 @@ def _model_config(model: nn.Module, dense_dtype: torch.dtype | None) -> dict[str
 def _carry_over(old: Path, new: Path) -> None:
     """Keep what others put beside a checkpoint that is about to be replaced."""
     for item in old.iterdir():
-        if item.name in (CONFIG, NOTE) or ".safetensors" in item.name:
+        if item.name in (CONFIG, NOTE, MANIFEST) or ".safetensors" in item.name:
             continue
         if item.is_dir() and not item.is_symlink():
             shutil.copytree(item, new / item.name, symlinks=True)
@@ -316,21 +318,48 @@ def _tie(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Check config.json and the header of model.safetensors. Raises as `load` does."""
+    """Check config.json and the headers of the weights. Raises as `load` does."""
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: there is no such directory")
     config = read_config(directory)
     plan = read_plan(directory / CONFIG, config.get("quantization_config"))
-    file = directory / WEIGHTS
-    if not file.exists() and (directory / f"{WEIGHTS}.index.json").exists():
-        raise ValueError(f"{file}: this release reads checkpoints of one file, this one has shards")
-    header = tensorfile.read_header(file)
-    own = header.metadata.get(METHOD)
-    if own is not None and header.record(METHOD) != config["quantization_config"]:
-        raise ValueError(f"{file}: the plan it was written with is not the one in {CONFIG}")
+    header = shards.read(directory)
+    problems = written_otherwise(header, config["quantization_config"])
+    if problems:
+        raise ValueError(problems[0])
     check_sizes(header, plan)
     return Checkpoint(directory, config, plan, header)
+
+
+def written_otherwise(header: Header, quantization: Any) -> list[str]:
+    """A sentence for each file that was written with another plan than that of config.json."""
+    if not header.shards:
+        same = METHOD not in header.metadata or header.record(METHOD) == quantization
+        wrong = [] if same else [header]
+    else:
+        wrong = [
+            shard
+            for shard in header.shards
+            if METHOD in shard.metadata
+            and shard.record(METHOD) != part_of_plan(quantization, shard.entries)
+        ]
+    return [
+        f"{shard.path}: the plan it was written with is not the one in {CONFIG}" for shard in wrong
+    ]
+
+
+def part_of_plan(quantization: Any, names: Container[str]) -> Any:
+    """A quantization_config with those layers only whose codes are among `names`."""
+    plan = quantization.get("plan") if isinstance(quantization, dict) else None
+    if not isinstance(plan, list):
+        return quantization
+    own = [
+        value
+        for value in plan
+        if isinstance(value, dict) and f"{value.get('name')}.codes".lstrip(".") in names
+    ]
+    return {**quantization, "plan": own}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -461,8 +490,7 @@ def _text(dtype: torch.dtype, shape: Iterable[int]) -> str:
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors; those of compressed layers are valid codes and finite params."""
     header = checkpoint.header
-    with header.path.open("rb") as file:
-        tensors = {n: tensorfile.read_tensor(header, e, file) for n, e in header.entries.items()}
+    tensors = {n: tensorfile.read_tensor(header, e) for n, e in header.entries.items()}
     for entry in checkpoint.plan:
         check_layer(header, entry, tensors)
     return tensors

@@ -61,8 +61,22 @@ def _compress(args: argparse.Namespace) -> int:
     calibration = None
     if args.calibration:
         calibration = Calibration(args.calibration, args.samples, args.context, args.seed)
-    report = compress_directory(args.source, args.target, args.bits, args.codec, calibration)
-    _print(args, report.to_json(), lambda: str(report))
+    report = compress_directory(
+        args.source, args.target, args.bits, args.codec, calibration, resume=args.resume
+    )
+    if report is not None:  # of several processes the first has it
+        _print(args, report.to_json(), lambda: str(report))
+    return 0
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    import torch
+
+    from .streaming import decompress_checkpoint
+
+    dtype = args.dtype and getattr(torch, args.dtype)
+    found = decompress_checkpoint(args.source, args.target, dtype)
+    _print(args, vars(found), lambda: show.decompressed(found))
     return 0
 
 
@@ -168,6 +182,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--samples", type=_count, default=128, help="windows of text (default 128)")
     one.add_argument("--context", type=_count, default=256, help="tokens a window (default 256)")
     one.add_argument("--seed", type=int, default=5, help="of the choice of windows (default 5)")
+
+    one.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+    one = verb("decompress", _decompress, "write a compressed model as a dense one again")
+    one.add_argument("source", metavar="IN", help="directory of the compressed model")
+    one.add_argument("target", metavar="OUT", help="directory to write")
+    one.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"),
+        help="of the decoded weights (default: what the model had)",
+    )  # fmt: skip
 
     one = verb("eval", _eval, "perplexity of a model on a text, and its KL from a dense one")
     one.add_argument("directory", metavar="DIR", help="dense or compressed model")

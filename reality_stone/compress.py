@@ -158,17 +158,12 @@ def compress(
         ) as bar:
             job = _Job(model, choice.codecs, seed, report, bar, heads)
             job.fit_common()
-            # Before all others, which are then calibrated on what these give.
-            first = [n for n in choice.codecs if kind_of(model.get_submodule(n)).on_request]
-            for name in first:
-                job.replace(name, None)
-            rest = [n for n in choice.codecs if n not in first]
-            if calls is None:
-                for name in rest:
-                    job.replace(name, None)
-            else:
+            rest = list(choice.codecs)
+            while rest and (calls is None or kind_of(model.get_submodule(rest[0])).on_request):
+                job.replace(rest.pop(0), None)
+            if calls is not None:
                 _calibrated(job, rest, calls)
-        _cover(model, report)
+        cover(model, report)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -181,7 +176,7 @@ def coverage(model: nn.Module | Report) -> float:
     return model.coverage if isinstance(model, Report) else share(matrices(model))
 
 
-def _cover(model: nn.Module, report: Report) -> None:
+def cover(model: nn.Module, report: Report) -> None:
     """Coverage and what unknown modules hold into the report; a warning where it is low."""
     found = matrices(model)
     dense = [m for m in found if not m.compressed]

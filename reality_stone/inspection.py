@@ -1,4 +1,4 @@
-"""What is in a packed file, sound or damaged, and where the damage is."""
+"""What is in packed files, sound or damaged, and where the damage is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, tensorfile
+from . import checkpoint, shards, tensorfile
 from .swap import PlanEntry
 from .tensorfile import Header
 
@@ -80,28 +80,30 @@ def inspect(path: str | os.PathLike[str], progress: bool = True) -> Contents:
             quantization = checkpoint.read_config(path).get("quantization_config")
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
-        file = path / checkpoint.WEIGHTS
-        if not file.exists():
-            problems.append(f"{file}: there is no such file")
+        try:
+            header = shards.read(path, tolerate=True)
+        except FileNotFoundError as error:
+            problems.append(str(error))
             return Contents(str(path), 0, None, problems=problems)
     else:
-        file = path
-    header = tensorfile.read_header(file, tolerate=True)
+        header = tensorfile.read_header(path, tolerate=True)
     problems += header.problems
-    own = header.record(checkpoint.METHOD)
-    if own is not None and quantization is not None and own != quantization:
-        problems.append(f"{file}: the plan it was written with is not the one in config.json")
-    plan, version = _plan(path, own or quantization, problems)
+    own = _written_plan(header)
+    if own is not None and quantization is not None:
+        problems += checkpoint.written_otherwise(header, quantization)
+    if own is None or header.shards:  # shards know their own part of the plan only
+        own = quantization or own
+    plan, version = _plan(path, own, problems)
     packed = {name for entry in plan for name in entry.tensors()}
     others: list[Other] = []
     layers: list[Layer] = []
     bar = tqdm(total=len(header.entries), desc="inspect", leave=False, disable=not progress or None)
-    with bar, file.open("rb") as opened:
+    with bar:
         for name, entry in header.entries.items():
             if name in packed:
                 continue
             try:
-                tensorfile.read_tensor(header, entry, opened)
+                tensorfile.read_tensor(header, entry)
                 problem = ""
             except ValueError as error:
                 problem = str(error)
@@ -109,13 +111,24 @@ def inspect(path: str | os.PathLike[str], progress: bool = True) -> Contents:
             others.append(Other(name, kind, entry.shape, entry.bytes, problem))
             bar.update()
         for entry in plan:
-            layers.append(_layer(header, entry, opened))
+            layers.append(_layer(header, entry))
             bar.update(len(entry.tensors()))
     if plan or own:
         known = set(header.entries) | packed
         lost = sorted(set(header.digests) - known)
-        problems += [f"{file}: tensor {name!r} was written but is not there" for name in lost]
+        problems += [
+            f"{header.path}: tensor {name!r} was written but is not there" for name in lost
+        ]
     return Contents(str(path), header.size, version, layers, others, problems, bool(header.digests))
+
+
+def _written_plan(header: Header) -> Any:
+    """The quantization_config in the weights, put together where they are in shards."""
+    if not header.shards:
+        return header.record(checkpoint.METHOD)
+    found = [shard.record(checkpoint.METHOD) for shard in header.shards]
+    found = [one for one in found if isinstance(one, dict) and isinstance(one.get("plan"), list)]
+    return {**found[0], "plan": [e for one in found for e in one["plan"]]} if found else None
 
 
 def _plan(path: Path, quantization: Any, problems: list[str]) -> tuple[list[PlanEntry], int | None]:
@@ -137,16 +150,14 @@ def _plan(path: Path, quantization: Any, problems: list[str]) -> tuple[list[Plan
     return found, version
 
 
-def _layer(header: Header, entry: PlanEntry, file: Any) -> Layer:
+def _layer(header: Header, entry: PlanEntry) -> Layer:
     places = checkpoint.stored_names(header, entry)
     present = [header.entries[name] for name in places.values() if name in header.entries]
     size = sum(e.bytes for e in present if e.name in places)  # a shared table in its first layer
     problem = ""
     try:
         checkpoint.check_sizes(header, [entry])
-        tensors: Mapping[str, Tensor] = {
-            e.name: tensorfile.read_tensor(header, e, file) for e in present
-        }
+        tensors: Mapping[str, Tensor] = {e.name: tensorfile.read_tensor(header, e) for e in present}
         checkpoint.check_layer(header, entry, tensors)
     except ValueError as error:
         problem = str(error)

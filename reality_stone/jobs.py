@@ -16,6 +16,7 @@ from .codecs import Codec
 from .compress import Report, compress
 from .evaluate import Evaluation, evaluate
 from .nn import lora
+from .streaming import compress_checkpoint
 from .training import TrainingReport, finetune
 from .training.resume import FILE as STATE
 
@@ -51,19 +52,27 @@ def compress_directory(
     codec: str | Codec = "trellis",
     calibration: Calibration | None = None,
     progress: bool = True,
-) -> Report:
-    """Compress the model in `source` and save it as `target`; refuses early where it can."""
+    resume: bool = False,
+) -> Report | None:
+    """Compress the model in `source` and save it as `target`; refuses early where it can.
+
+    Without calibration tensor by tensor, resumable and shared by the processes of torchrun (see
+    streaming.compress_checkpoint); with it in memory.
+    """
+    if calibration is None:
+        return compress_checkpoint(source, target, bits, codec, resume=resume, progress=progress)
+    if resume:
+        raise ValueError(
+            "a run with calibration is not kept on the disk: resume is for one without"
+        )
     checkpoint.check_target(target)
     if hf.is_packed(source):
         raise ValueError(f"{source}: this model is already compressed, start from the dense one")
     model = hf.from_pretrained(source)
-    tokens = None
-    if calibration is not None:
-        tokenizer = hf.load_tokenizer(source)
-        tokens = hf.tokenize_file(tokenizer, calibration.file, pieces=PIECES)
-        tokens = calibration.windows(_known(model, tokens, source))
-    seed = 0 if calibration is None else calibration.seed
-    report = compress(model, bits, tokens, codec, seed=seed, progress=progress)
+    tokenizer = hf.load_tokenizer(source)
+    tokens = hf.tokenize_file(tokenizer, calibration.file, pieces=PIECES)
+    windows = calibration.windows(_known(model, tokens, source))
+    report = compress(model, bits, windows, codec, seed=calibration.seed, progress=progress)
     checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
     return report
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .inspection import Contents
     from .jobs import DirectoryEvaluation, DirectoryTraining
     from .report import Measured
+    from .streaming import Decompressed
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -86,6 +87,11 @@ def training(found: DirectoryTraining) -> str:
         if found.after.kl is not None:
             lines.append(f"KL          {found.before.kl:.5f} to {found.after.kl:.5f}")
     return "\n".join([*lines, f"time        {done.seconds:.1f} s", f"saved       {found.target}"])
+
+
+def decompressed(found: Decompressed) -> str:
+    files = "one file" if len(found.files) == 1 else f"{len(found.files)} files"
+    return f"{found.layers} layers decoded to {found.dtype}: {size(found.size)} in {files}"
 
 
 def report(found: Measured, path: str) -> str:

@@ -57,12 +57,14 @@ def choose(
     plan: Sequence[tuple[str, str | Codec | None]] = (),
     skip: Sequence[str] = (),
 ) -> Choice:
-    """Raises ValueError when nothing is left to compress."""
+    """Codecs in the order to encode: embeddings and norms before all others, which can then be
+    calibrated on what these give. Raises ValueError when nothing is left to compress."""
     if isinstance(codec, str) and codec in REGISTRY:
         default = REGISTRY[codec].at_bits(bits)
     else:
         default = make_codec(codec)
-    dense, every = _kept_dense(model), list(candidates(model))
+    dense = _kept_dense(model)
+    every = sorted(candidates(model), key=lambda c: not c.kind.on_request)
     # A pattern such as "model.*" is about linear layers.
     ordinary = [c.name for c in every if not c.kind.on_request]
     special = [(pattern, one) for pattern, one in plan if not fnmatch.filter(ordinary, pattern)]
@@ -121,7 +123,9 @@ def _kept_dense(model: nn.Module) -> dict[str, str]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.device.type != "meta":
+        if isinstance(weight, nn.Parameter) and weight.is_meta:
+            owners.setdefault(id(weight), []).append(name)
+        elif isinstance(weight, Tensor) and not weight.is_meta:
             owners.setdefault(weight.data_ptr(), []).append(name)
     kept = {}
     for names in owners.values():

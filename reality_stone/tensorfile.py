@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,17 +39,19 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 MAX_SIZE = 1 << 48  # of one dimension
+CHUNK = 1 << 22  # bytes read or written at once where a whole tensor is not needed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: `start` and `end` are bytes from the beginning of the file."""
+    """One tensor: `start` and `end` are bytes from the beginning of the file `path`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    path: Path
 
     @property
     def bytes(self) -> int:
@@ -57,19 +60,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds; `problems` is not empty only where damage was to be tolerated."""
+    """What a file says it holds; `problems` is not empty only where damage was to be tolerated.
+
+    One of several `shards` (see shards.py) stands for all of them: `path` is their index.
+    """
 
     path: Path
     size: int
     entries: dict[str, Entry]
     metadata: dict[str, str]
     problems: tuple[str, ...] = ()
+    shards: tuple[Header, ...] = ()
 
-    @property
+    @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 of each tensor as recorded; empty in files of other writers."""
         digests = self.record("sha256")
         return digests if isinstance(digests, dict) else {}
+
+    @cached_property
+    def checked(self) -> set[str]:
+        """Tensors whose sha256 check_digest has found right."""
+        return set()
 
     def record(self, key: str) -> Any:
         """A metadata value read as JSON; None where it is missing or cannot be read."""
@@ -128,39 +140,132 @@ def read_header(path: Path, *, tolerate: bool = False) -> Header:
     return Header(path, size, entries, metadata, tuple(problems))
 
 
-def read_tensor(header: Header, entry: Entry, file: BinaryIO) -> Tensor:
-    """One tensor of the open file. Raises ValueError when its bytes are not those written."""
-    file.seek(entry.start)
+def header_digest(path: Path) -> str:
+    """sha256 of the header's bytes of a file that read_header has found right."""
+    with path.open("rb") as file:
+        return hashlib.sha256(_header_bytes(path, file, path.stat().st_size)).hexdigest()
+
+
+def read_tensor(header: Header, entry: Entry, file: BinaryIO | None = None) -> Tensor:
+    """One tensor; `file` is its file where that is open. ValueError when its bytes are damaged."""
     data = bytearray(entry.bytes)
-    if file.readinto(data) != len(data):
-        raise ValueError(f"{header.path}: the file ends inside tensor {entry.name!r}")
+    if file is None:
+        with _open(entry) as file:
+            _read_into(entry, 0, data, file)
+    else:
+        _read_into(entry, 0, data, file)
     wanted = header.digests.get(entry.name)
     if wanted is not None and hashlib.sha256(data).hexdigest() != wanted:
-        raise ValueError(
-            f"{header.path}: tensor {entry.name!r} is damaged: its sha256 is not the recorded one"
-        )
+        raise ValueError(_damaged(entry))
+    return as_tensor(data, entry.dtype, entry.shape)
+
+
+def read_rows(entry: Entry, start: int, stop: int, file: BinaryIO) -> Tensor:
+    """Rows start to stop of a tensor, without a look at its sha256: see check_digest."""
+    row = entry.bytes // max(1, entry.shape[0])
+    data = bytearray((stop - start) * row)
+    _read_into(entry, start * row, data, file)
+    return as_tensor(data, entry.dtype, (stop - start, *entry.shape[1:]))
+
+
+def read_chunks(entry: Entry) -> Iterator[bytearray]:
+    """The bytes of a tensor, CHUNK at a time."""
+    with _open(entry) as file:
+        for at in range(0, entry.bytes, CHUNK):
+            data = bytearray(min(CHUNK, entry.bytes - at))
+            _read_into(entry, at, data, file)
+            yield data
+
+
+def check_digest(header: Header, entry: Entry) -> None:
+    """ValueError when a sha256 is recorded for the tensor and its bytes have another; once."""
+    wanted = header.digests.get(entry.name)
+    if wanted is None or entry.name in header.checked:
+        return
+    if digest(read_chunks(entry)) != wanted:
+        raise ValueError(_damaged(entry))
+    header.checked.add(entry.name)
+
+
+def digest(chunks: Iterable[Any]) -> str:
+    """sha256 of bytes in pieces."""
+    found = hashlib.sha256()
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def as_tensor(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The bytes as a tensor that shares their memory."""
     if not data:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` one at a time; the same tensors and metadata always give the same bytes."""
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is on the CPU and dense."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _open(entry: Entry) -> BinaryIO:
+    try:
+        return entry.path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{entry.path}: cannot be read: {error.strerror}") from None
+
+
+def _read_into(entry: Entry, at: int, data: bytearray, file: BinaryIO) -> None:
+    file.seek(entry.start + at)
+    if file.readinto(data) != len(data):
+        raise ValueError(f"{entry.path}: the file ends inside tensor {entry.name!r}")
+
+
+def _damaged(entry: Entry) -> str:
+    return f"{entry.path}: tensor {entry.name!r} is damaged: its sha256 is not the recorded one"
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor to write that is made when its turn comes: `chunks` gives its bytes in order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Any]]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(
+    path: Path, tensors: Mapping[str, Tensor | Lazy], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Write `tensors` one at a time; the same tensors and metadata always give the same bytes.
+
+    Returns the sha256 of each.
+    """
     # Widest elements first keeps every tensor aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     digests = dict.fromkeys(names, "0" * 64)
     with path.open("wb") as file:
         file.write(_encode_header(tensors, names, metadata, digests))
         for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digests[name] = hashlib.sha256(data).hexdigest()
-            file.write(data)
+            digests[name] = digest(_written(file, tensors[name]))
         file.seek(0)
         file.write(_encode_header(tensors, names, metadata, digests))
+    return digests
+
+
+def _written(file: BinaryIO, tensor: Tensor | Lazy) -> Iterator[Any]:
+    """The bytes, each piece once it is written."""
+    for chunk in tensor.chunks() if isinstance(tensor, Lazy) else [as_bytes(tensor)]:
+        file.write(chunk)
+        yield chunk
 
 
 def _encode_header(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Lazy],
     names: list[str],
     metadata: Mapping[str, str],
     digests: Mapping[str, str],
@@ -170,7 +275,7 @@ def _encode_header(
     at = 0
     for name in names:
         tensor = tensors[name]
-        end = at + tensor.numel() * tensor.element_size()
+        end = at + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -236,7 +341,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> Entry:
             f"{where} of {dtype} {shape} needs {wanted} bytes, its offsets give "
             f"{offsets[1] - offsets[0]}"
         )
-    return Entry(name, DTYPES[dtype], tuple(shape), begin + offsets[0], begin + offsets[1])
+    return Entry(name, DTYPES[dtype], tuple(shape), begin + offsets[0], begin + offsets[1], path)
 
 
 def is_sizes(value: Any) -> bool:

@@ -301,10 +301,12 @@ def test_an_interrupt_gives_130_and_leaves_nothing(run, dense, tmp_path, monkeyp
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    argv = ("compress", dense, tmp_path / "o", "--codec", "uniform(bits=4, group=16)")
+    text = ("--calibration", dense / "text.txt", "--samples", "4", "--context", "32")
     for module, name in ((jobs, "compress"), (tensorfile, "write")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupted)
-            code, out, err = run("compress", dense, tmp_path / "o", "--codec", "uniform(bits=8)")
+            code, out, err = run(*argv, *text)
         assert code == 130
         assert not out
         assert err.strip() == "reality-stone: interrupted"

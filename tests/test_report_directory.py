@@ -156,10 +156,10 @@ def test_a_dense_model_in_shards_or_turned_is_read_all_the_same(dense, packed, t
     assert errors.weight_errors(packed, dense_files.DenseFiles(tmp_path)) == whole
     for wrong in ("../outside.safetensors", "..", "", 3):
         index.write_text(json.dumps({"weight_map": {"a": wrong}}))
-        with pytest.raises(ValueError, match="files of its own directory"):
+        with pytest.raises(ValueError, match="no file name"):
             dense_files.DenseFiles(tmp_path)
     index.write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         dense_files.DenseFiles(tmp_path)
 
 

@@ -94,10 +94,10 @@ def load(
     swap.replace(model, entries)
     parallelize_module(model, mesh, dict(plan))
     tensors: dict[str, Tensor] = {}
-    with header.path.open("rb") as file, torch.no_grad():
+    with torch.no_grad():
 
         def read(name: str) -> Tensor:
-            return tensorfile.read_tensor(header, header.entries[name], file)
+            return tensorfile.read_tensor(header, header.entries[name])
 
         for entry in entries:
             layer, device = model.get_submodule(entry.name), devices[entry.name]
@@ -121,7 +121,7 @@ def load(
         tensors |= {name: read(name) for name in {*rest.values()} - {*tensors}}
         files._check_ties(header.path, rest, tensors, model.state_dict(keep_vars=True))
         files._assign(model, rest, tensors)
-        files._tie_common(model, checkpoint)
+        files._tie(model, checkpoint)
     return model
 
 

@@ -18,15 +18,14 @@ def weight_errors(directory: str | os.PathLike[str], dense: DenseFiles) -> dict[
     """|W - Q|^2 / |W|^2 of each layer whose weight the dense files have, one decoded at a time."""
     opened = checkpoint.open_checkpoint(directory)
     header, found = opened.header, {}
-    with header.path.open("rb") as file:
-        for entry in opened.plan:
-            weight = dense.weight(entry.name, entry.shape)
-            if weight is None:
-                continue
-            names = checkpoint.stored_names(header, entry).values()
-            tensors = {n: tensorfile.read_tensor(header, header.entries[n], file) for n in names}
-            packed = checkpoint.check_layer(header, entry, tensors)
-            found[entry.name] = metrics.nmse(packed.decode(), weight)
+    for entry in opened.plan:
+        weight = dense.weight(entry.name, entry.shape)
+        if weight is None:
+            continue
+        names = checkpoint.stored_names(header, entry).values()
+        tensors = {n: tensorfile.read_tensor(header, header.entries[n]) for n in names}
+        packed = checkpoint.check_layer(header, entry, tensors)
+        found[entry.name] = metrics.nmse(packed.decode(), weight)
     return found
 
 

@@ -1,0 +1,6 @@
+"""Checkpoints larger than memory: compressed and decompressed tensor by tensor."""
+
+from .compress import compress_checkpoint
+from .decompress import Decompressed, decompress_checkpoint
+
+__all__ = ["Decompressed", "compress_checkpoint", "decompress_checkpoint"]
