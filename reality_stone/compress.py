@@ -120,7 +120,7 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Replace the linear layers of `model` by compressed ones, in place.
+    """Replace the linear layers of `model` by compressed ones, in place; what else a plan names.
 
     Those are nn.Linear, the Conv1D of GPT-2, and each matrix of fused experts (see nn.RBEExperts).
 
@@ -130,6 +130,9 @@ def compress(
     plan: (name pattern, codec or None for dense) pairs, the first match wins over `codec`.
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
+
+    Embeddings and norms are compressed where a pattern of the plan matches them and no linear layer
+    (norms from 1,024 elements); heads tied to such an embedding stay tied to it.
 
     The report names what stays dense and why; warns where that is more than a tenth of the weights
     in matrices and was not asked for, and where calibration did not reach a layer. An interrupt
@@ -151,13 +154,18 @@ def compress(
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            job = _Job(model, choice.codecs, seed, report, bar)
+            job = _Job(model, choice.codecs, seed, report, bar, choice.heads)
             job.fit_common()
+            targets = {name: model.get_submodule(name) for name in choice.codecs}
+            # Before all others, which are then calibrated on what these give.
+            for name in [n for n, m in targets.items() if kind_of(m).on_request]:
+                job.replace(name, None)
+                del targets[name]
             if calls is None:
-                for name in choice.codecs:
+                for name in targets:
                     job.replace(name, None)
             else:
-                _calibrated(job, calls)
+                _calibrated(job, targets, calls)
         _cover(model, report)
     report.seconds = time.perf_counter() - start
     return report
@@ -202,6 +210,7 @@ class _Job:
     seed: int
     report: Report
     bar: tqdm
+    heads: Mapping[str, list[str]] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)  # encoded without the calibration there was
     # By codec: the params that its layers share, and the one Parameter each of them became.
     given: dict[Codec, dict[str, Tensor]] = field(default_factory=dict)
@@ -249,11 +258,16 @@ class _Job:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        w, q = kind.dense_weight(dense).detach().float(), layer.weight
+        w, q = kind.dense_weight(dense).detach().float(), layer.packed.decode()
         usable = hessian is not None and bool(hessian.isfinite().all())
         saved = self.tie(layer)
-        for parent, leaf in self.places[id(dense)]:
-            parent._modules[leaf] = layer
+        swaps: dict[int, nn.Module] = {id(dense): layer}
+        for tied in self.heads.get(name, ()):
+            head = self.model.get_submodule(tied)
+            swaps[id(head)] = layer.head(head.bias).train(head.training)
+        for old, new in swaps.items():
+            for parent, leaf in self.places[old]:
+                parent._modules[leaf] = new
         self.report.layers.append(
             LayerReport(
                 name,
@@ -270,9 +284,8 @@ class _Job:
         self.bar.update()
 
 
-def _calibrated(job: _Job, calls: list[Call]) -> None:
+def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list[Call]) -> None:
     model = job.model
-    targets = {name: model.get_submodule(name) for name in job.chosen}
     to_device(calls, next(model.parameters()).device)
     blocks = find_blocks(model, targets)
     covered = {n for n in targets if any(inside(n, b) for b in blocks)}

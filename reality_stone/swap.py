@@ -76,7 +76,7 @@ def plan_of(model: nn.Module) -> list[PlanEntry]:
     return [
         PlanEntry(name, module.shape, module.codec, module.bias is not None, module.kind)
         for name, module in model.named_modules()
-        if isinstance(module, Compressed)
+        if isinstance(module, Compressed) and module.codec is not None  # a short norm has none
     ]
 
 
@@ -122,7 +122,13 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or next(dense, torch.float32)
     if isinstance(model, Compressed):
         return model.to_dense(dtype)
-    swap_modules(model, {id(layer): layer.to_dense(dtype) for layer in layers})
+    swaps, weights = {}, {}
+    for layer in layers:
+        swaps[id(layer)] = dense = layer.to_dense(dtype)
+        if layer.codec is not None and getattr(layer, "adapter", None) is None:
+            # Layers that share their codes share the weight.
+            dense.weight = weights.setdefault(id(layer.codes), dense.weight)
+    swap_modules(model, swaps)
     return fuse(model)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,10 +41,12 @@ def kind_of(module: nn.Module) -> type[Compressed] | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec of each layer to compress, and why each other candidate stays dense."""
+    """The codec of each layer to compress, why each other linear layer stays dense, and {embedding
+    to compress: linear layers that are tied to it and follow it}."""
 
     codecs: dict[str, Codec]
     reasons: dict[str, str]
+    heads: dict[str, list[str]]
 
 
 ASKED = "asked for"  # the reason of layers that the caller wants dense
@@ -62,31 +64,44 @@ def choose(
         default = REGISTRY[codec].at_bits(bits)
     else:
         default = make_codec(codec)
-    dense = _kept_dense(model)
-    found = Choice({}, {})
-    for c in candidates(model):
-        planned = next((one for pattern, one in plan if fnmatch.fnmatchcase(c.name, pattern)), ...)
+    dense, every = _kept_dense(model), list(candidates(model))
+    found = Choice({}, {}, {})
+    layers = {c.name: c for c in every if not c.kind.on_request}
+    for name, c in layers.items():
+        planned = next((one for pattern, one in plan if fnmatch.fnmatchcase(name, pattern)), ...)
         reason = None
-        if planned is ... and c.kind.on_request:
-            continue
-        if planned is None or (
-            planned is ... and any(fnmatch.fnmatchcase(c.name, p) for p in skip)
-        ):
+        if planned is None or (planned is ... and any(fnmatch.fnmatchcase(name, p) for p in skip)):
             reason = ASKED
         elif planned is ...:
             planned = default
             small = c.kind.dense_weight(c.module).numel() < SMALLEST
-            reason = dense.get(c.name) or (f"below {SMALLEST} weights" if small else None)
+            reason = dense.get(name) or (f"below {SMALLEST} weights" if small else None)
         if reason is not None:
-            found.reasons[c.name] = reason
-        elif planned is not None:
+            found.reasons[name] = reason
+        else:
+            found.codecs[name] = make_codec(planned)
+    # A pattern such as "model.*" is about linear layers.
+    own = [(p, one) for p, one in plan if not fnmatch.filter(layers, p)]
+    for c in every if own else ():
+        planned = next((one for pattern, one in own if fnmatch.fnmatchcase(c.name, pattern)), None)
+        enough = c.kind.on_request and c.module.weight.numel() >= c.kind.smallest
+        if planned is not None and enough:
             found.codecs[c.name] = make_codec(planned)
+            found.heads[c.name] = _tied_heads(c.module, layers.values(), found)
     if not found.codecs:
         raise ValueError(
-            f"nothing to compress: the model has {len(found.reasons)} linear layers and all are "
-            f"output heads, tied, skipped or below {SMALLEST} weights"
+            f"nothing to compress: the model has {len(layers)} linear layers and all are output "
+            f"heads, tied, skipped or below {SMALLEST} weights"
         )
     return found
+
+
+def _tied_heads(table: nn.Module, layers: Iterable[Candidate], found: Choice) -> list[str]:
+    """Linear layers with the weight of an embedding, unless chosen alone; no longer dense."""
+    if not isinstance(table, nn.Embedding):
+        return []
+    tied = [c.name for c in layers if c.module.weight is table.weight]
+    return [name for name in tied if found.reasons.pop(name, None) is not None]
 
 
 def choose_codecs(
@@ -148,10 +163,12 @@ def matrices(model: nn.Module) -> list[Matrix]:
         for part in layer.modules()
         if part is not layer
     }
-    known = {id(c.module) for c in candidates(model)}
+    theirs = {id(getattr(m, "codes", None)) for m in modules if getattr(m, "on_request", False)}
+    known = {id(c.module) for c in candidates(model) if not c.kind.on_request}
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, Compressed) and module is not head and not module.on_request:
+        packed = isinstance(module, Compressed) and not module.on_request
+        if packed and module is not head and id(module.codes) not in theirs:
             found.append(Matrix(name, module.shape[0] * module.shape[1], True))
         if isinstance(module, Compressed) or id(module) in parts:
             continue  # what else there is in it is codes, tables and an adapter
