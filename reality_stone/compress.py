@@ -31,7 +31,7 @@ from .codecs import Codec
 from .nn import Compressed, RBEExperts
 from .nn.experts import unfused
 from .packed import storage_bits
-from .targets import ASKED, ENOUGH, choose, kind_of, matrices, share
+from .targets import ASKED, ENOUGH, choose, kind_of, matrices, share, tied_heads
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Replace the linear layers of `model` by compressed ones, in place; what else a plan names.
+    """Replace the linear layers of `model` by compressed ones, in place.
 
     Those are nn.Linear, the Conv1D of GPT-2, and each matrix of fused experts (see nn.RBEExperts).
 
@@ -147,25 +147,27 @@ def compress(
             raise ValueError(
                 "the model is itself the layer to compress: put it into a module first"
             )
-        report = Report(skipped=choice.reasons)
+        heads = tied_heads(model, choice.codecs)
+        tied = {head for names in heads.values() for head in names}
+        report = Report(skipped={n: r for n, r in choice.reasons.items() if n not in tied})
         with tqdm(
             total=len(choice.codecs),
             desc="compress",
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            job = _Job(model, choice.codecs, seed, report, bar, choice.heads)
+            job = _Job(model, choice.codecs, seed, report, bar, heads)
             job.fit_common()
-            targets = {name: model.get_submodule(name) for name in choice.codecs}
             # Before all others, which are then calibrated on what these give.
-            for name in [n for n, m in targets.items() if kind_of(m).on_request]:
+            first = [n for n in choice.codecs if kind_of(model.get_submodule(n)).on_request]
+            for name in first:
                 job.replace(name, None)
-                del targets[name]
+            rest = [n for n in choice.codecs if n not in first]
             if calls is None:
-                for name in targets:
+                for name in rest:
                     job.replace(name, None)
             else:
-                _calibrated(job, targets, calls)
+                _calibrated(job, rest, calls)
         _cover(model, report)
     report.seconds = time.perf_counter() - start
     return report
@@ -242,6 +244,10 @@ class _Job:
                 setattr(layer, name, one)
         return saved
 
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        for parent, leaf in self.places[id(old)]:
+            parent._modules[leaf] = new
+
     def replace(self, name: str, hessian: Tensor | None, calibrated: bool = False) -> None:
         start = time.perf_counter()
         dense = self.model.get_submodule(name)
@@ -261,13 +267,10 @@ class _Job:
         w, q = kind.dense_weight(dense).detach().float(), layer.packed.decode()
         usable = hessian is not None and bool(hessian.isfinite().all())
         saved = self.tie(layer)
-        swaps: dict[int, nn.Module] = {id(dense): layer}
+        self.put(dense, layer)
         for tied in self.heads.get(name, ()):
             head = self.model.get_submodule(tied)
-            swaps[id(head)] = layer.head(head.bias).train(head.training)
-        for old, new in swaps.items():
-            for parent, leaf in self.places[old]:
-                parent._modules[leaf] = new
+            self.put(head, layer.head(head.bias).train(head.training))
         self.report.layers.append(
             LayerReport(
                 name,
@@ -284,8 +287,9 @@ class _Job:
         self.bar.update()
 
 
-def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list[Call]) -> None:
+def _calibrated(job: _Job, names: Sequence[str], calls: list[Call]) -> None:
     model = job.model
+    targets = {name: model.get_submodule(name) for name in names}
     to_device(calls, next(model.parameters()).device)
     blocks = find_blocks(model, targets)
     covered = {n for n in targets if any(inside(n, b) for b in blocks)}

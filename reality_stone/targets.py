@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -65,12 +65,20 @@ def choose(
     else:
         default = make_codec(codec)
     dense, every = _kept_dense(model), list(candidates(model))
-    found = Choice({}, {}, {})
-    layers = {c.name: c for c in every if not c.kind.on_request}
-    for name, c in layers.items():
-        planned = next((one for pattern, one in plan if fnmatch.fnmatchcase(name, pattern)), ...)
+    # A pattern such as "model.*" is about linear layers.
+    ordinary = [c.name for c in every if not c.kind.on_request]
+    special = [(pattern, one) for pattern, one in plan if not fnmatch.filter(ordinary, pattern)]
+    found = Choice({}, {})
+    for c in every:
+        rules = special if c.kind.on_request else plan
+        planned = next((one for pattern, one in rules if fnmatch.fnmatchcase(c.name, pattern)), ...)
         reason = None
-        if planned is None or (planned is ... and any(fnmatch.fnmatchcase(name, p) for p in skip)):
+        small = c.kind.on_request and c.module.weight.numel() < c.kind.smallest
+        if small or (c.kind.on_request and planned is ...):
+            continue
+        if planned is None or (
+            planned is ... and any(fnmatch.fnmatchcase(c.name, p) for p in skip)
+        ):
             reason = ASKED
         elif planned is ...:
             planned = default
@@ -96,12 +104,15 @@ def choose(
     return found
 
 
-def _tied_heads(table: nn.Module, layers: Iterable[Candidate], found: Choice) -> list[str]:
-    """Linear layers with the weight of an embedding, unless chosen alone; no longer dense."""
-    if not isinstance(table, nn.Embedding):
-        return []
-    tied = [c.name for c in layers if c.module.weight is table.weight]
-    return [name for name in tied if found.reasons.pop(name, None) is not None]
+def tied_heads(model: nn.Module, chosen: Collection[str]) -> dict[str, list[str]]:
+    """{embedding to be compressed: the linear layers with the same weight, not chosen alone}."""
+    found = {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+            found[name] = [n for n, m in layers if n not in chosen and m.weight is module.weight]
+    return found
 
 
 def choose_codecs(

@@ -17,20 +17,7 @@ KINDS: dict[str, type[Compressed]] = {
 }
 
 __all__ = [
-    "KINDS",
-    "RBEFFN",
-    "Compressed",
-    "KVCache",
-    "RBEAttention",
-    "RBEConv1D",
-    "RBEEmbedding",
-    "RBEExperts",
-    "RBELayerNorm",
-    "RBELinear",
-    "RBERMSNorm",
-    "Rotary",
-    "TrainableRBELinear",
-    "fuse",
-    "lora",
-    "unfuse",
-]
+    "KINDS", "RBEFFN", "Compressed", "KVCache", "RBEAttention", "RBEConv1D", "RBEEmbedding",
+    "RBEExperts", "RBELayerNorm", "RBELinear", "RBERMSNorm", "Rotary", "TrainableRBELinear", "fuse",
+    "lora", "unfuse",
+]  # fmt: skip

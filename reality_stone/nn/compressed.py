@@ -29,9 +29,9 @@ class Compressed(nn.Module):
 
     kind: ClassVar[str]
     dense_name: ClassVar[str]  # of the dense module, for messages
-    on_request: ClassVar[bool] = False  # dense unless a plan names it, and no part of coverage
     kept: ClassVar[tuple[str, ...]] = ("bias",)  # tensors of the dense module that are not encoded
     smallest: ClassVar[int] = 0  # weights; a module below this stays dense, even if a plan names it
+    on_request: ClassVar[bool] = False  # dense unless a plan names it, and no part of coverage
     bias: Tensor | None
     codes: Tensor
 

@@ -34,7 +34,8 @@ class RBEEmbedding(Compressed):
     """
 
     kind, dense_name = "embedding", "nn.Embedding"
-    on_request, kept = True, ()
+    on_request = True
+    kept = ()
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class _Norm(Compressed):
 
     on_request, kept = True, ()
     smallest = 1024
+    on_request = True
     codec: Codec | None
 
     def __init__(
