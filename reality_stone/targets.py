@@ -41,12 +41,10 @@ def kind_of(module: nn.Module) -> type[Compressed] | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec of each layer to compress, why each other linear layer stays dense, and {embedding
-    to compress: linear layers that are tied to it and follow it}."""
+    """The codec of each layer to compress, and why each other candidate stays dense."""
 
     codecs: dict[str, Codec]
     reasons: dict[str, str]
-    heads: dict[str, list[str]]
 
 
 ASKED = "asked for"  # the reason of layers that the caller wants dense
@@ -83,23 +81,15 @@ def choose(
         elif planned is ...:
             planned = default
             small = c.kind.dense_weight(c.module).numel() < SMALLEST
-            reason = dense.get(name) or (f"below {SMALLEST} weights" if small else None)
+            reason = dense.get(c.name) or (f"below {SMALLEST} weights" if small else None)
         if reason is not None:
-            found.reasons[name] = reason
-        else:
-            found.codecs[name] = make_codec(planned)
-    # A pattern such as "model.*" is about linear layers.
-    own = [(p, one) for p, one in plan if not fnmatch.filter(layers, p)]
-    for c in every if own else ():
-        planned = next((one for pattern, one in own if fnmatch.fnmatchcase(c.name, pattern)), None)
-        enough = c.kind.on_request and c.module.weight.numel() >= c.kind.smallest
-        if planned is not None and enough:
+            found.reasons[c.name] = reason
+        elif planned is not None:
             found.codecs[c.name] = make_codec(planned)
-            found.heads[c.name] = _tied_heads(c.module, layers.values(), found)
     if not found.codecs:
         raise ValueError(
-            f"nothing to compress: the model has {len(layers)} linear layers and all are output "
-            f"heads, tied, skipped or below {SMALLEST} weights"
+            f"nothing to compress: the model has {len(found.reasons)} linear layers and all are "
+            f"output heads, tied, skipped or below {SMALLEST} weights"
         )
     return found
 
@@ -174,6 +164,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
         for part in layer.modules()
         if part is not layer
     }
+    # Codes of embeddings, which heads may share.
     theirs = {id(getattr(m, "codes", None)) for m in modules if getattr(m, "on_request", False)}
     known = {id(c.module) for c in candidates(model) if not c.kind.on_request}
     found = []

@@ -25,7 +25,7 @@ class _Norm(Compressed):
     A short norm is plain: its codec is None, `weight` and `bias` are Parameters as in torch.
     """
 
-    on_request, kept = True, ()
+    kept = ()
     smallest = 1024
     on_request = True
     codec: Codec | None
