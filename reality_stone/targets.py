@@ -168,10 +168,13 @@ def matrices(model: nn.Module) -> list[Matrix]:
         for part in layer.modules()
         if part is not layer
     }
-    known = {id(c.module) for c in candidates(model)}
+    # Codes of embeddings, which heads may share.
+    theirs = {id(getattr(m, "codes", None)) for m in modules if getattr(m, "on_request", False)}
+    known = {id(c.module) for c in candidates(model) if not c.kind.on_request}
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, Compressed) and module is not head and not module.on_request:
+        packed = isinstance(module, Compressed) and not module.on_request
+        if packed and module is not head and id(module.codes) not in theirs:
             found.append(Matrix(name, module.shape[0] * module.shape[1], True))
         if isinstance(module, Compressed) or id(module) in parts:
             continue  # what else there is in it is codes, tables and an adapter
