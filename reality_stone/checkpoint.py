@@ -7,6 +7,7 @@ every tensor, so that damage is found and either file can be judged alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -35,6 +36,10 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+WARNING = (
+    "import reality_stone before loading this with transformers, which alone only warns and gives "
+    "these layers random dense weights"
+)
 MAX_CONFIG = 100_000_000  # bytes
 
 # --- save ---
@@ -58,14 +63,10 @@ def save(
     """
     target = check_target(directory)
     plan = plan_of(model)
-    tensors, tied = _tensors(model, plan, dense_dtype)
-    quantization = {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "plan": [entry.to_config() for entry in plan],
-    }
-    config = _model_config(model, dense_dtype) | {"quantization_config": quantization}
-    metadata = {METHOD: json.dumps(quantization), "tied": json.dumps(tied)}
+    tensors, tied = tensors_to_store(model, plan, dense_dtype)
+    described = quantization(plan)
+    config = _model_config(model, dense_dtype) | {"quantization_config": described}
+    metadata = {METHOD: json.dumps(described), "tied": json.dumps(tied)}
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,17 @@ def save(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def quantization(plan: list[PlanEntry], tied: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The quantization_config of config.json; `tied` where the weights' metadata does not have it."""
+    config = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "note": WARNING,
+        "plan": [entry.to_config() for entry in plan],
+    }
+    return config | {"tied": dict(tied)} if tied else config
 
 
 def check_target(directory: str | os.PathLike[str]) -> Path:
@@ -119,8 +131,8 @@ def _is_ours(directory: Path) -> bool:
         return False
 
 
-def _tensors(
-    model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
+def tensors_to_store(
+    model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
     packed: dict[str, Tensor] = {}
@@ -310,7 +322,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     file = directory / WEIGHTS
     if not file.exists() and (directory / f"{WEIGHTS}.index.json").exists():
         raise ValueError(f"{file}: this release reads checkpoints of one file, this one has shards")
-    header = tensorfile.read_header(file)
+    header = with_ties(tensorfile.read_header(file), config["quantization_config"])
     own = header.metadata.get(METHOD)
     if own is not None and header.record(METHOD) != config["quantization_config"]:
         raise ValueError(f"{file}: the plan it was written with is not the one in {CONFIG}")
@@ -355,6 +367,21 @@ def read_plan(path: Path, quantization: Any) -> list[PlanEntry]:
         return plan_entries(plan)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_tied(quantization: Any) -> dict[str, str]:
+    """{tensor not stored: the one it shares memory with} of a quantization_config."""
+    tied = quantization.get("tied") if isinstance(quantization, dict) else None
+    named = isinstance(tied, dict) and all(isinstance(v, str) for v in tied.values())
+    return tied if named else {}
+
+
+def with_ties(header: Header, quantization: Any) -> Header:
+    """The header with the tied tensors of the config where it records none of its own."""
+    tied = read_tied(quantization)
+    if not tied or "tied" in header.metadata:
+        return header
+    return dataclasses.replace(header, metadata=header.metadata | {"tied": json.dumps(tied)})
 
 
 def check_sizes(header: Header, plan: list[PlanEntry]) -> None:

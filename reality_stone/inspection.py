@@ -85,7 +85,7 @@ def inspect(path: str | os.PathLike[str], progress: bool = True) -> Contents:
             return Contents(str(path), 0, None, problems=problems)
     else:
         file = path
-    header = tensorfile.read_header(file, tolerate=True)
+    header = checkpoint.with_ties(tensorfile.read_header(file, tolerate=True), quantization)
     problems += header.problems
     own = header.record(checkpoint.METHOD)
     if own is not None and quantization is not None and own != quantization:
