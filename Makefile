@@ -22,7 +22,9 @@ NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
   -gencode arch=compute_90,code=compute_90
 CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
 
-.PHONY: demo examples test bench lint sanitize cuda check-nvcc build clean distclean check-tools
+COMPAT := 5.17.0 5.23.0
+
+.PHONY: demo examples test compat bench lint sanitize cuda check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -38,6 +40,26 @@ examples: $(BUILT)
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)
+
+# The plug-in under the oldest and the newest transformers that are supported, each in a venv of its
+# own that finds everything else in $(VENV).
+compat: $(COMPAT:%=compat-%)
+
+compat-%: build/compat/%/.installed
+	@echo "transformers $*:"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest tests/test_hf.py \
+	  $(wildcard tests/test_peft.py) tests/test_checkpoint.py $(PYTEST)
+
+# Releases before 5.20 need the huggingface_hub of their time.
+build/compat/%/.installed: $(BUILT)
+	$(PY) -m venv --without-pip build/compat/$*
+	$(PY) -c 'import pathlib, sysconfig; \
+	  place = next(pathlib.Path("build/compat/$*").glob("lib/*/site-packages")); \
+	  (place / "shared.pth").write_text(sysconfig.get_path("purelib"))'
+	$(PY) -m pip --python build/compat/$*/bin/python install --quiet --no-deps transformers==$* \
+	  $(if $(filter 5.17.%,$*),"huggingface_hub<2")
+	build/compat/$*/bin/python -c 'import transformers as t; assert t.__version__ == "$*", t'
+	@touch $@
 
 bench: $(BUILT)
 	$(PY) -m reality_stone bench $(BENCH)

@@ -7,16 +7,16 @@ from .compress import Report, compress
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
-from .registration import announce
+from .registration import announce as _announce
 from .swap import dequantize, replace
 from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Evaluation", "Packed", "RealityStoneConfig", "Report", "TrainingReport",
-    "accuracy", "codec", "codecs", "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
-    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "quantizers", "replace",
-    "save",
+    "Codec", "Evaluation", "Packed", "RealityStoneConfig", "Report", "TrainingReport", "accuracy",
+    "codec", "codecs", "compress", "dequantize", "derivative", "evaluate", "finetune",
+    "from_pretrained", "kl_divergence", "load", "metrics", "nn", "optim", "perplexity",
+    "quantizers", "replace", "save",
 ]  # fmt: skip
 
 
@@ -33,4 +33,4 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-announce()
+_announce()

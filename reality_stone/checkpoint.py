@@ -94,7 +94,7 @@ def save(
 
 
 def quantization(plan: list[PlanEntry], tied: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The quantization_config of config.json; `tied` where the weights' metadata does not have it."""
+    """The quantization_config of config.json; `tied` where no metadata of the weights has it."""
     config = {
         "quant_method": METHOD,
         "version": VERSION,
