@@ -37,6 +37,7 @@ examples: $(BUILT)
 	$(PY) examples/lora_on_codes.py --calibration 8 --training 16 --judging 4096
 	$(PY) examples/qat_digits.py --seeds 1
 	$(PY) examples/code_descent.py --steps 8 --windows 16
+	$(PY) examples/hf_roundtrip.py --codec "uniform(bits=2)" --windows 16 --judging 4096
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)
@@ -50,15 +51,16 @@ compat-%: build/compat/%/.installed
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest tests/test_hf.py \
 	  $(wildcard tests/test_peft.py) tests/test_checkpoint.py $(PYTEST)
 
-# Releases before 5.20 need the huggingface_hub of their time.
+# 5.17 needs the huggingface_hub of its time and what that needs.
+.PRECIOUS: build/compat/%/.installed
 build/compat/%/.installed: $(BUILT)
-	$(PY) -m venv --without-pip build/compat/$*
-	$(PY) -c 'import pathlib, sysconfig; \
-	  place = next(pathlib.Path("build/compat/$*").glob("lib/*/site-packages")); \
-	  (place / "shared.pth").write_text(sysconfig.get_path("purelib"))'
-	$(PY) -m pip --python build/compat/$*/bin/python install --quiet --no-deps transformers==$* \
-	  $(if $(filter 5.17.%,$*),"huggingface_hub<2")
-	build/compat/$*/bin/python -c 'import transformers as t; assert t.__version__ == "$*", t'
+	rm -rf $(@D)
+	$(PY) -m venv --without-pip $(@D)
+	$(if $(filter 5.17.%,$*),$(PY) -m pip --python $(@D)/bin/python install --quiet "huggingface_hub<2")
+	$(PY) -m pip --python $(@D)/bin/python install --quiet --no-deps transformers==$*
+	$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/place
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(cat $(@D)/place)/all.pth"
+	$(@D)/bin/python -c 'import transformers as t; assert t.__version__ == "$*", t'
 	@touch $@
 
 bench: $(BUILT)

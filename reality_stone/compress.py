@@ -29,6 +29,7 @@ from .codecs import REGISTRY, Codec
 from .codecs import codec as make_codec
 from .nn import RBELinear
 from .packed import storage_bits
+from .swap import tell
 
 SMALLEST = 4096  # weights; below this a layer stays dense
 
@@ -145,6 +146,7 @@ def compress(
                 job.replace(name, None)
         else:
             _calibrated(job, targets, calls_from(calibration, batch, tokenizer, context))
+    tell(model)
     report.seconds = time.perf_counter() - start
     return report
 

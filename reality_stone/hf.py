@@ -39,10 +39,7 @@ def from_pretrained(
             f"{directory}: this is no transformers model (config.json has no model_type); build "
             "the model yourself and call reality_stone.load(model, directory)"
         )
-    model = checkpoint.load(_empty(transformers, config, dtype, opened), directory)
-    from .hf_quantizer import attach
-
-    return attach(model).eval()
+    return checkpoint.load(_empty(transformers, config, dtype, opened), directory).eval()
 
 
 def quantization_config_class() -> type:

@@ -6,6 +6,7 @@ Written for transformers 5.17 to 5.23. registration.py imports this when transfo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .checkpoint import METHOD
 from .codecs import Codec
 from .compress import compress
 from .nn import Compressed
-from .swap import WRONG, PlanEntry, dequantize, plan_entries, plan_of, replace
+from .swap import WRONG, PlanEntry, dequantize, listeners, plan_entries, plan_of, replace
 from .tensorfile import Header
 
 
@@ -216,20 +217,35 @@ def register() -> None:
         auto.register_quantization_config(METHOD)(RealityStoneConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(METHOD)(RealityStoneQuantizer)
+    if follow not in listeners:
+        listeners.append(follow)
 
 
-def attach(model: nn.Module) -> nn.Module:
-    """Have transformers treat a model whose layers are compressed as one it loaded packed.
+def follow(model: nn.Module) -> None:
+    """Tell the models of transformers in `model` whether they have compressed layers now.
 
-    Then `save_pretrained`, `Trainer` and `model.dequantize` work. Raises ValueError on layers that
-    hold no valid codes.
+    `save_pretrained`, `Trainer` and `model.dequantize` then work as on a model loaded packed.
     """
-    quantizer = RealityStoneQuantizer(RealityStoneConfig.packed(plan_of(model)), pre_quantized=True)
-    quantizer._dtypes = {}
-    model.hf_quantizer = quantizer
-    model.is_quantized, model.quantization_method = True, METHOD
-    quantizer.postprocess_model(model)
-    return model
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    done: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(prefix) for prefix in done)
+        if inside or not isinstance(module, modeling.PreTrainedModel):
+            continue
+        done.append(f"{name}." if name else "")
+        quantizer = getattr(module, "hf_quantizer", None)
+        ours = isinstance(quantizer, RealityStoneQuantizer)
+        plan = plan_of(module)
+        if ours and not plan:
+            quantizer.remove_quantization_config(module)
+        elif plan and quantizer is None:
+            quantizer = RealityStoneQuantizer(RealityStoneConfig.packed(plan), pre_quantized=True)
+            module.hf_quantizer = quantizer
+            module.is_quantized, module.quantization_method = True, METHOD
+            module._weight_conversions = []
+            quantizer._describe(module, {})
 
 
 def _check_files(

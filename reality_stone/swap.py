@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import nn
 from . import tensorfile
 from .codecs import Codec, from_config
 from .nn import KINDS, Compressed
+
+# Called with a model whose layers have been compressed, or made dense again, in place.
+listeners: list[Callable[[nn.Module], None]] = []
 
 # What a codec may raise on settings or codes that are not its own.
 WRONG = (ValueError, TypeError, OverflowError, AttributeError, RecursionError, ZeroDivisionError)
@@ -124,6 +127,13 @@ def swap_modules(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if id(child) in swaps:
                 parent._modules[name] = swaps[id(child)]
+    tell(model)
+
+
+def tell(model: nn.Module) -> None:
+    """Let who listens know that layers of `model` are others now."""
+    for listener in listeners:
+        listener(model)
 
 
 def plan_entries(plan: Iterable[PlanEntry | Mapping[str, Any]]) -> list[PlanEntry]:

@@ -442,6 +442,27 @@ def test_a_directory_can_be_saved_over_itself(packed_at, tmp_path):
     assert torch.equal(outputs(load("llama", tmp_path)), wanted)
 
 
+def test_a_model_compressed_in_memory_is_saved_and_trained_as_one_that_was_loaded(name, tmp_path):
+    model = build(name)
+    rs.compress(model, codec=SHARED, progress=False)
+    model.save_pretrained(tmp_path)
+    again = load(name, tmp_path)
+    assert list(layers(again)) == list(layers(model))
+    assert torch.equal(outputs(again), outputs(model))
+    assert model.hf_quantizer.is_qat_trainable
+    rs.dequantize(model)
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_model_inside_another_module_is_saved_under_its_own_names(tmp_path):
+    model = build("llama")
+    rs.compress(nn.ModuleDict({"inner": model}), codec=CODEC, skip=["*lm_head"], progress=False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(load("llama", tmp_path)), outputs(model))
+    assert not hasattr(model.model, "hf_quantizer")  # it is no checkpoint of its own
+
+
 # --- devices ---
 
 
@@ -523,11 +544,11 @@ def test_the_trainer_trains_tables_saves_and_resumes(codec, packed_at, tmp_path)
 
 def test_gradient_checkpointing_gives_the_same_gradients(packed_at):
     gradients = []
+    ids = torch.arange(24).reshape(2, 12)
     for again in (False, True):
         model = load("llama", packed_at("llama")).train()
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        ids = torch.arange(24).reshape(2, 12)
         model(ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert any("scale" in n for n in gradients[0])
