@@ -192,7 +192,7 @@ def zeros(directory: Path) -> tuple[int, int]:
 # --- import order, none, and memory ---
 
 FRESH = """
-import json, resource, sys
+import json, os, resource, sys
 from transformers import AutoModelForCausalLM
 
 def kind(directory):
@@ -202,10 +202,17 @@ def kind(directory):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+def now():
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except FileNotFoundError:
+        return peak()
+
 small, large = sys.argv[1:]
 alone = kind(small)
 import reality_stone
-with_ours, before = kind(small), peak()
+with_ours, before = kind(small), now()
 AutoModelForCausalLM.from_pretrained(large)
 print(json.dumps({"alone": alone, "with ours": with_ours, "grown": peak() - before}))
 """
@@ -271,9 +278,9 @@ def test_without_our_import_layers_are_random_and_readme_and_config_say_so(fresh
 
 
 def test_memory_while_loading_stays_near_the_size_of_the_file(fresh):
-    assert fresh["size"] < fresh["dense"] / 10
-    # The file mapped to memory and a copy of it; 16 MB for what the allocator keeps.
-    assert fresh["grown"] < 2 * fresh["size"] + (16 << 20) < fresh["dense"] / 2
+    assert fresh["size"] < fresh["dense"] / 10, fresh
+    # The file mapped to memory and a copy of it; 32 MB for threads and what the allocator keeps.
+    assert fresh["grown"] < 2 * fresh["size"] + (32 << 20) < fresh["dense"] / 2
 
 
 def test_the_config_class_is_there_by_name():
