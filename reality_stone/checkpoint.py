@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensorfile
-from .nn import Compressed
+from .nn import KINDS, Compressed
 from .packed import Packed, storage_dtype
 from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
 from .tensorfile import Header
@@ -135,6 +135,12 @@ def tensors_to_store(
     model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"tensor {name!r} is divided over ranks: save inside `with "
+                "reality_stone.parallel.gathered(model):`"
+            )
     packed: dict[str, Tensor] = {}
     for entry in plan:
         if getattr(model.get_submodule(entry.name), "adapter", None) is not None:
@@ -191,7 +197,9 @@ def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _model_config(model: nn.Module, dense_dtype: torch.dtype | None) -> dict[str, Any]:
     config = getattr(model, "config", None)
     known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
-    known["architectures"] = [type(model).__name__]
+    # FSDP2 puts a class of its own before the model's.
+    own = (c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed"))
+    known["architectures"] = [next(own).__name__]
     if known.get("model_type"):
         dtype = dense_dtype or getattr(model, "dtype", torch.float32)
         known["dtype"] = str(dtype).removeprefix("torch.")
@@ -241,13 +249,14 @@ def _move_into_place(part: Path, target: Path) -> None:
 
 
 def _note(plan: list[PlanEntry], tensors: Mapping[str, Tensor]) -> str:
-    weights = sum(math.prod(entry.shape) for entry in plan)
+    stored = [entry for entry in plan if f"{entry.prefix}codes" in tensors]  # tied layers once
+    weights = sum(math.prod(entry.shape) for entry in stored)
     names = [name for entry in plan for name in entry.tensors() if name in tensors]
     bits = sum(tensors[name].numel() * tensors[name].element_size() * 8 for name in names)
     rate = f" at {bits / weights:.3f} bits per weight, everything counted" if weights else ""
     return f"""# A model with layers compressed by Reality Stone
 
-{len(plan)} linear layers are stored as codes{rate}. Load it with `reality-stone` installed:
+{len(plan)} layers are stored as codes{rate}. Load it with `reality-stone` installed:
 
 ```python
 import reality_stone as rs
@@ -297,19 +306,19 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
                 device = devices[entry.name]
                 layer.to_empty(device="cpu" if device.type == "meta" else device)
         _assign(model, names, tensors)
-        _tie_common(model, checkpoint)
+        _tie(model, checkpoint)
     return model
 
 
-def _tie_common(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Tables that were one tensor for several layers are one again."""
-    one: dict[tuple, nn.Parameter] = {}
+def _tie(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Codes and tables that were one tensor for several layers are one again."""
+    one: dict[tuple, Tensor] = {}
     for entry in checkpoint.plan:
-        layer, places = model.get_submodule(entry.name), stored_names(checkpoint.header, entry)
-        for name in entry.codec.common:
-            own = getattr(layer, name)
-            first = one.setdefault((places[f"{entry.prefix}{name}"], own.device, own.dtype), own)
-            setattr(layer, name, first)
+        layer = model.get_submodule(entry.name)
+        for name, place in stored_names(checkpoint.header, entry).items():
+            own = getattr(layer, name.removeprefix(entry.prefix))
+            first = one.setdefault((place, own.device, own.dtype), own)
+            setattr(layer, name.removeprefix(entry.prefix), first)
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -403,14 +412,13 @@ def check_sizes(header: Header, plan: list[PlanEntry]) -> None:
 
 
 def stored_names(header: Header, entry: PlanEntry) -> dict[str, str]:
-    """{tensor of the layer: its name in the file}. A table that layers share is stored once."""
+    """{tensor of the layer: its name in the file}. What layers share is stored once."""
     names = {name: name for name in entry.tensors()}
-    tied = header.record("tied") if entry.codec.common else None
-    for common in entry.codec.common:
-        name = f"{entry.prefix}{common}"
-        if name not in header.entries and isinstance(tied, dict):
-            first = tied.get(name)
-            names[name] = first if isinstance(first, str) else name
+    absent = [name for name in names if name not in header.entries]
+    tied = header.record("tied") if absent else None
+    for name in absent if isinstance(tied, dict) else ():
+        first = tied.get(name)
+        names[name] = first if isinstance(first, str) else name
     return names
 
 
@@ -428,7 +436,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
             if module is layer:
                 prefix = f"{name}." if name else ""
                 for own in list(layer.state_dict(keep_vars=True)):
-                    if own != "bias":
+                    if own not in KINDS[entry.kind].kept:
                         state.pop(prefix + own, None)
                 for own, stored in stored_names(checkpoint.header, entry).items():
                     packed[prefix + own.removeprefix(entry.prefix)] = stored
@@ -460,7 +468,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _device(layer: nn.Module) -> torch.device:
-    return layer.codes.device if isinstance(layer, Compressed) else layer.weight.device
+    return next(t.device for t in (*layer.buffers(), *layer.parameters()))
 
 
 def _is_tensor(value: Any) -> bool:

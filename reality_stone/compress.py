@@ -27,9 +27,9 @@ from .blocks import (
 )
 from .codecs import REGISTRY, Codec
 from .codecs import codec as make_codec
-from .nn import RBELinear
+from .nn import KINDS, Compressed
 from .packed import storage_bits
-from .swap import tell
+from .swap import swap_modules, tell
 
 SMALLEST = 4096  # weights; below this a layer stays dense
 
@@ -117,7 +117,7 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Replace the nn.Linear layers of `model` by RBELinear, in place.
+    """Replace the nn.Linear layers of `model` by RBELinear, in place, and what else a plan names.
 
     calibration: None (no error feedback), a tensor of inputs or token ids (n, length), a list of
         batches, or texts with `tokenizer` (cut into windows of `context` tokens).
@@ -126,12 +126,19 @@ def compress(
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
+    Embeddings and norms are compressed where a pattern of the plan matches them and no linear layer
+    (norms from 1,024 elements); heads tied to such an embedding stay tied to it.
+
     An interrupt leaves every layer either dense or compressed. Raises ValueError on a weight
     that is not finite, naming layer and position, before that layer is changed.
     """
     chosen = choose_codecs(model, bits, codec, plan, skip)
+    if "" in chosen:
+        raise ValueError("the model is itself the layer to compress: put it into a module first")
     targets = {name: model.get_submodule(name) for name in chosen}
-    report = Report(skipped=[n for n, m in linears(model).items() if n not in targets])
+    heads = tied_heads(model, chosen)
+    done = {*targets, *(head for names in heads.values() for head in names)}
+    report = Report(skipped=[n for n in linears(model) if n not in done])
     start = time.perf_counter()
     with (
         inference(model),
@@ -139,8 +146,12 @@ def compress(
             total=len(targets), desc="compress", disable=None if progress else True, leave=False
         ) as bar,
     ):
-        job = _Job(model, chosen, seed, report, bar)
+        job = _Job(model, chosen, seed, report, bar, heads)
         job.fit_common()
+        # Before all others, which are then calibrated on what these give.
+        for name in [n for n, m in targets.items() if not isinstance(m, nn.Linear)]:
+            job.replace(name, None)
+            del targets[name]
         if calibration is None:
             for name in targets:
                 job.replace(name, None)
@@ -154,6 +165,29 @@ def compress(
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear by name; one that appears twice under its first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def others(model: nn.Module) -> dict[str, type[Compressed]]:
+    """The kind of layer for each embedding and norm that can be compressed, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        kind = next((k for k in KINDS.values() if k.replaces(module)), None)
+        if kind is None or isinstance(module, nn.Linear):
+            continue
+        if module.weight.numel() >= kind.smallest:
+            found[name] = kind
+    return found
+
+
+def tied_heads(model: nn.Module, chosen: Mapping[str, Codec]) -> dict[str, list[str]]:
+    """{embedding to be compressed: the linear layers with the same weight, not chosen alone}."""
+    found = {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            layers = linears(model).items()
+            found[name] = [n for n, m in layers if n not in chosen and m.weight is module.weight]
+    return found
 
 
 def choose_codecs(
@@ -176,6 +210,12 @@ def choose_codecs(
             small = layer.weight.numel() < SMALLEST
             skipped = any(fnmatch.fnmatchcase(name, p) for p in skip)
             planned = None if small or skipped or name in dense else default
+        if planned is not None:
+            chosen[name] = make_codec(planned)
+    # A pattern such as "model.*" is about linear layers.
+    own = [(p, c) for p, c in plan if not fnmatch.filter(layers, p)]
+    for name in others(model) if own else ():
+        planned = next((c for pattern, c in own if fnmatch.fnmatchcase(name, pattern)), None)
         if planned is not None:
             chosen[name] = make_codec(planned)
     if not chosen:
@@ -207,6 +247,7 @@ class _Job:
     seed: int
     report: Report
     bar: tqdm
+    heads: Mapping[str, list[str]] = field(default_factory=dict)
     # By codec: the params that its layers share, and the one Parameter each of them became.
     given: dict[Codec, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[tuple, nn.Parameter] = field(default_factory=dict)
@@ -218,7 +259,7 @@ class _Job:
             weights = [self.model.get_submodule(name).weight for name in names]
             self.given[codec] = codec.fit_common(weights, self.seed)
 
-    def tie(self, layer: RBELinear) -> float:
+    def tie(self, layer: Compressed) -> float:
         """Share the common params with the layers before; the bits that this saves."""
         saved = 0
         for name in layer.codec.common:
@@ -234,7 +275,8 @@ class _Job:
         dense = self.model.get_submodule(name)
         self.bar.set_postfix_str(name)
         try:
-            layer = RBELinear.from_linear(
+            kind = next(k for k in KINDS.values() if k.replaces(dense))
+            layer = kind.from_dense(
                 dense,
                 self.chosen[name],
                 hessian,
@@ -244,11 +286,14 @@ class _Job:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        w, q = dense.weight.detach().float(), layer.weight
+        w, q = kind.dense_weight(dense).detach().float(), layer.packed.decode()
         usable = hessian is not None and bool(hessian.isfinite().all())
         saved = self.tie(layer)
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, layer)
+        swaps: dict[int, nn.Module] = {id(dense): layer}
+        for tied in self.heads.get(name, ()):
+            head = self.model.get_submodule(tied)
+            swaps[id(head)] = layer.head(head.bias).train(head.training)
+        swap_modules(self.model, swaps)
         self.report.layers.append(
             LayerReport(
                 name,

@@ -6,6 +6,7 @@ Written for transformers 5.17 to 5.23. registration.py imports this when transfo
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,17 +137,31 @@ class RealityStoneQuantizer(HfQuantizer):
         here, renamed = _entries_of(model, entries)
         replace(model, here)
         self._dtypes = {n: t.dtype for n, t in model.state_dict().items() if t.is_floating_point()}
-        # transformers ties by name, and then neither misses nor initialises these.
+        names = {name for entry in here for name in entry.tensors()}
         shared = {_renamed(a, renamed): _renamed(b, renamed) for a, b in tied.items()}
-        tables = {f"{e.prefix}{name}" for e in here for name in e.codec.common}
-        model.all_tied_weights_keys |= {a: b for a, b in shared.items() if a in tables}
+        self._shared = {a: b for a, b in shared.items() if a in names and b in names}
+        state = model.state_dict(keep_vars=True)
+        # transformers ties parameters by name, and then neither misses nor initialises them.
+        ties = {a: b for a, b in model.all_tied_weights_keys.items() if a in state and b in state}
+        parameters = {a: b for a, b in self._shared.items() if isinstance(state[a], nn.Parameter)}
+        model.all_tied_weights_keys = ties | parameters
+        buffers = {re.escape(name) for name in self._shared.keys() - parameters.keys()}
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        model._keys_to_ignore_on_load_missing = {*ignored, *buffers}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             self._restore_dtypes(model)
-            for name, layer in model.named_modules():
-                if isinstance(layer, Compressed):
-                    _check_layer(name, layer, offloaded=_offloaded(model))
+            for name, source in self._shared.items():
+                layer, _, leaf = name.rpartition(".")
+                first = model.get_submodule(source.rpartition(".")[0])
+                setattr(model.get_submodule(layer), leaf, getattr(first, source.rpartition(".")[2]))
+            moved: dict[torch.Tensor, torch.Tensor] = {}
+            for entry in plan_of(model):
+                layer = model.get_submodule(entry.name)
+                if _holds_data(entry.name, layer, offloaded=_offloaded(model)):
+                    _check_layer(entry.name, layer)
+                    _take_memory(layer, moved)
         else:
             config = self.quantization_config
             compress(
@@ -188,8 +203,8 @@ class RealityStoneQuantizer(HfQuantizer):
             return None, {}
         plan = plan_of(model)
         tensors, tied = checkpoint.tensors_to_store(model, plan)
-        tables = {f"{e.prefix}{name}" for e in plan for name in e.codec.common}
-        self._describe(model, {a: b for a, b in tied.items() if a in tables})
+        packed = {name for entry in plan for name in entry.tensors()}
+        self._describe(model, {a: b for a, b in tied.items() if a in packed})
         return tensors, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -302,15 +317,17 @@ def _renamed(tensor: str, names: Mapping[str, str]) -> str:
     return f"{names.get(layer, layer)}.{own}"
 
 
-def _check_layer(name: str, layer: Compressed, offloaded: bool) -> None:
-    """Valid codes and finite params, in memory of their own. Raises ValueError."""
-    packed = layer.packed
-    tensors = {"codes": packed.codes, **packed.params}
-    empty = [own for own, tensor in tensors.items() if tensor.is_meta]
-    if empty:
-        if offloaded:
-            return
+def _holds_data(name: str, layer: Compressed, offloaded: bool) -> bool:
+    """False where its tensors are on disk. Raises ValueError where they are nowhere."""
+    empty = [own for own, tensor in layer.state_dict().items() if tensor.is_meta]
+    if empty and not offloaded:
         raise ValueError(f"layer {name!r} has got no {empty[0]}: the checkpoint is not whole")
+    return not empty
+
+
+def _check_layer(name: str, layer: Compressed) -> None:
+    """Valid codes and finite params. Raises ValueError."""
+    packed = layer.packed
     for own, tensor in packed.params.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"tensor '{name}.{own}' holds values that are not finite")
@@ -318,10 +335,17 @@ def _check_layer(name: str, layer: Compressed, offloaded: bool) -> None:
         packed.check()
     except (*WRONG, RuntimeError) as error:
         raise ValueError(f"layer {name!r}: {error}") from None
-    # transformers leaves uint8 tensors mapped to the file, which may be written to.
-    with torch.no_grad():
-        for own, buffer in layer.named_buffers(recurse=False):
-            setattr(layer, own, ops.huge_pages(torch.empty_like(buffer)).copy_(buffer))
+
+
+def _take_memory(layer: Compressed, moved: dict[torch.Tensor, torch.Tensor]) -> None:
+    """Copy codes out of the file: transformers leaves them mapped to it, and it may be written to.
+
+    `moved` is {codes seen before: their copy}, so that what layers share stays shared.
+    """
+    for name, codes in list(layer.named_buffers(recurse=False)):
+        if codes not in moved:
+            moved[codes] = ops.huge_pages(torch.empty_like(codes)).copy_(codes)
+        setattr(layer, name, moved[codes])
 
 
 def _offloaded(model: nn.Module) -> bool:

@@ -54,8 +54,9 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the compressed layers, everything counted that is stored for them."""
-        weights = sum(math.prod(layer.shape) for layer in self.layers)
+        """Over the compressed layers, everything counted that is stored for them; a layer that is
+        tied to another stores nothing and is not counted."""
+        weights = sum(math.prod(layer.shape) for layer in self.layers if layer.bytes)
         return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
 
     @property

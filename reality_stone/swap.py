@@ -78,7 +78,7 @@ def plan_of(model: nn.Module) -> list[PlanEntry]:
     return [
         PlanEntry(name, module.shape, module.codec, module.bias is not None, module.kind)
         for name, module in model.named_modules()
-        if isinstance(module, Compressed)
+        if isinstance(module, Compressed) and module.codec is not None  # a short norm has none
     ]
 
 
@@ -103,6 +103,7 @@ def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> 
             raise ValueError("the model is itself the layer to swap: put it into a module first")
         swaps[id(old)] = KINDS[entry.kind].blank(old, entry.codec).train(old.training)
     swap_modules(model, swaps)
+    tell(model)
     return model
 
 
@@ -117,7 +118,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or next(dense, torch.float32)
     if isinstance(model, Compressed):
         return model.to_dense(dtype)
-    swap_modules(model, {id(layer): layer.to_dense(dtype) for layer in layers})
+    swaps, weights = {}, {}
+    for layer in layers:
+        swaps[id(layer)] = dense = layer.to_dense(dtype)
+        if layer.codec is not None and getattr(layer, "adapter", None) is None:
+            # Layers that share their codes share the weight.
+            dense.weight = weights.setdefault(id(layer.codes), dense.weight)
+    swap_modules(model, swaps)
+    tell(model)
     return model
 
 
@@ -127,7 +135,6 @@ def swap_modules(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if id(child) in swaps:
                 parent._modules[name] = swaps[id(child)]
-    tell(model)
 
 
 def tell(model: nn.Module) -> None:

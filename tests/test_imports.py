@@ -20,17 +20,9 @@ FLOORS = [
 ]  # fmt: skip
 # Imported only when asked: nothing of the library stands on them.
 OUTER = {
-    "hf",
-    "hf_quantizer",
-    "registration",
-    "peft",
-    "report",
-    "compare",
-    "bench",
-    "doctor",
-    "cli",
-    "__main__",
-}
+    "hf", "hf_quantizer", "registration", "peft", "report", "compare", "bench", "doctor", "cli",
+    "__main__", "parallel",
+}  # fmt: skip
 LIBRARY = {*FLOORS, "metrics", "blocks", "evaluate", "compress", "checkpoint", "training"}
 
 

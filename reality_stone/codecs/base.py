@@ -106,6 +106,11 @@ class Codec(ABC):
         return True
 
     @property
+    def parts(self) -> tuple[Codec, ...]:
+        """The codecs whose decoded matrices are added; itself where there is one term."""
+        return (self,)
+
+    @property
     def common(self) -> tuple[str, ...]:
         """Shared params of which a model holds one tensor for all its layers of this codec."""
         return ()

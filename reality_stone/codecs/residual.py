@@ -46,6 +46,10 @@ class Residual(Codec):
     def plain(self):
         return False
 
+    @property
+    def parts(self):
+        return self.base, self.rest
+
     def tile(self, shape):
         return self.base.tile(shape)
 

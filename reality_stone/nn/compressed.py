@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..codecs import Codec
 from ..packed import Packed, storage_bits
+
+# Codes that `.to()` and its like have converted -> (the conversion, what it made of them), so that
+# layers which share a buffer share what becomes of it. (Shared Parameters torch keeps by itself.)
+_converted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Compressed(nn.Module):
@@ -22,6 +29,8 @@ class Compressed(nn.Module):
 
     kind: ClassVar[str]
     dense_name: ClassVar[str]  # of the dense module, for messages
+    kept: ClassVar[tuple[str, ...]] = ("bias",)  # tensors of the dense module that are not encoded
+    smallest: ClassVar[int] = 0  # weights; a module below this stays dense, even if a plan names it
     bias: Tensor | None
     codes: Tensor
 
@@ -70,7 +79,7 @@ class Compressed(nn.Module):
         packed = codec.encode(weight, hessian, **options).to(weight.device)
         layer = cls.blank(module, codec).to_empty(device=weight.device)
         layer.set_packed(packed)
-        if layer.bias is not None:
+        if "bias" in cls.kept and layer.bias is not None:
             layer.bias = nn.Parameter(module.bias.detach().clone())
         return layer.train(module.training)
 
@@ -137,6 +146,31 @@ class Compressed(nn.Module):
                 with torch.no_grad():
                     setattr(self, name, mine.copy_(new))
 
+    def share(self, other: Compressed) -> None:
+        """Use the codes and params of a layer of the same codec and shape: one memory for both."""
+        if other.codec != self.codec or other.shape != self.shape:
+            raise ValueError(
+                f"a layer of {self.codec.spec} and shape {self.shape} cannot share the codes of "
+                f"one of {other.codec.spec} and shape {other.shape}"
+            )
+        self.codes = other.codes
+        for name in self._names:
+            setattr(self, name, getattr(other, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compressed:
+        def once(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                return fn(tensor)
+            by, made = _converted.get(tensor, (None, None))
+            if by is fn and made() is not None:
+                return made()
+            result = fn(tensor)
+            if result is not tensor:
+                _converted[tensor] = fn, weakref.ref(result)
+            return result
+
+        return super()._apply(once, recurse)
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of codes and params (not the bias nor an adapter) over the number of
@@ -151,6 +185,7 @@ class Compressed(nn.Module):
     def _rate(self) -> str:
         """codec and bits per weight, for extra_repr."""
         text = f"codec={self.codec.spec}"
-        if self.codes.device.type == "meta":
+        # What is divided over ranks has no values to ask for without the other ranks.
+        if any(t.is_meta or hasattr(t, "device_mesh") for t in (self.codes, *self.params)):
             return text
         return text + f", {self.bits_per_weight:.3f} bits/weight"

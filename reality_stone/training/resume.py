@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tensorfile
-from ..nn import RBELinear
+from ..nn import Compressed, RBELinear
 
 FILE = "training.safetensors"
 VERSION = 1
@@ -175,7 +175,8 @@ def describe(
         f"layer {name!r}": f"{layer.codec.spec} of {layer.shape[0]} x {layer.shape[1]}"
         for name, layer in layers.items()
     }
-    own = {id(t) for layer in layers.values() for t in (layer.codes, *layer.params)}
+    own = {id(layer.codes) for layer in layers.values()}
+    own |= {id(p) for m in model.modules() if isinstance(m, Compressed) for p in m.params}
     own |= {id(p) for layer in layers.values() if layer.adapter for p in layer.adapter.parameters()}
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
     found["number of steps"] = len(steps)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import RBELinear
+from ..nn import Compressed
 from ..packed import round_to_half
 from .loop import TrainingReport, cut, relative, train
 from .lora import finetune_lora
@@ -25,7 +25,7 @@ def table_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The params (scales, tables) of every compressed layer, shared ones once."""
     found = {}
     for module in model.modules():
-        if isinstance(module, RBELinear):
+        if isinstance(module, Compressed):
             found |= {id(p): p for p in module.params if isinstance(p, nn.Parameter)}
     return list(found.values())
 
@@ -170,7 +170,7 @@ def _moving(model: nn.Module, codes: bool) -> dict[str, Tensor]:
     """What a run changes: tables and scales, codes where they move."""
     found: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, RBELinear):
+        if isinstance(layer, Compressed) and layer.codec is not None:
             parts = layer.named_parameters(recurse=False)
             found |= {f"{name}.{own}": p for own, p in parts if own != "bias"}
             if codes:
