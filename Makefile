@@ -22,7 +22,9 @@ NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
   -gencode arch=compute_90,code=compute_90
 CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
 
-.PHONY: demo examples test bench lint wheel fuzz sanitize cuda check-nvcc build clean distclean check-tools
+COMPAT := 5.17.0 5.23.0
+
+.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -38,9 +40,31 @@ examples: $(BUILT)
 	$(PY) examples/run_notebooks.py --quick
 	$(PY) examples/mini_llama.py
 	$(PY) examples/mini_gpt2.py
+	$(PY) examples/hf_roundtrip.py --codec "uniform(bits=2)" --windows 16 --judging 4096
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)
+
+# The plug-in under the oldest and the newest transformers that are supported, each in a venv of its
+# own that finds everything else in $(VENV).
+compat: $(COMPAT:%=compat-%)
+
+compat-%: build/compat/%/.installed
+	@echo "transformers $*:"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest tests/test_hf.py \
+	  $(wildcard tests/test_peft.py) tests/test_checkpoint.py $(PYTEST)
+
+# 5.17 needs the huggingface_hub of its time and what that needs.
+.PRECIOUS: build/compat/%/.installed
+build/compat/%/.installed: $(BUILT)
+	rm -rf $(@D)
+	$(PY) -m venv --without-pip $(@D)
+	$(if $(filter 5.17.%,$*),$(PY) -m pip --python $(@D)/bin/python install --quiet "huggingface_hub<2")
+	$(PY) -m pip --python $(@D)/bin/python install --quiet --no-deps transformers==$*
+	$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/place
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(cat $(@D)/place)/all.pth"
+	$(@D)/bin/python -c 'import transformers as t; assert t.__version__ == "$*", t'
+	@touch $@
 
 bench: $(BUILT)
 	$(PY) -m reality_stone bench $(BENCH)

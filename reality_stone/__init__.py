@@ -7,15 +7,16 @@ from .compress import Report, compress, coverage
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
+from .registration import announce as _announce
 from .swap import dequantize, replace
 from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs",
-    "compress", "coverage", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
-    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "quantizers", "replace",
-    "save",
+    "Codec", "Evaluation", "Packed", "RealityStoneConfig", "Report", "TrainingReport", "accuracy",
+    "codec", "codecs", "compress", "coverage", "dequantize", "derivative", "evaluate", "finetune",
+    "from_pretrained", "kl_divergence", "load", "metrics", "nn", "optim", "perplexity",
+    "quantizers", "replace", "save",
 ]  # fmt: skip
 
 
@@ -25,4 +26,11 @@ def __getattr__(name: str):
         from .hf import from_pretrained
 
         return from_pretrained
+    if name == "RealityStoneConfig":
+        from .hf import quantization_config_class
+
+        return quantization_config_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_announce()

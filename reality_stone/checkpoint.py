@@ -8,6 +8,7 @@ several shards, each has the part of the plan that its own layers are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -38,6 +39,10 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+WARNING = (
+    "import reality_stone before loading this with transformers, which alone only warns and gives "
+    "these layers random dense weights"
+)
 MAX_CONFIG = 100_000_000  # bytes
 
 # --- save ---
@@ -61,14 +66,10 @@ def save(
     """
     target = check_target(directory)
     plan = plan_of(model)
-    tensors, tied = _tensors(model, plan, dense_dtype)
-    quantization = {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "plan": [entry.to_config() for entry in plan],
-    }
-    config = _model_config(model, dense_dtype) | {"quantization_config": quantization}
-    metadata = {METHOD: json.dumps(quantization), "tied": json.dumps(tied)}
+    tensors, tied = tensors_to_store(model, plan, dense_dtype)
+    described = quantization(plan)
+    config = _model_config(model, dense_dtype) | {"quantization_config": described}
+    metadata = {METHOD: json.dumps(described), "tied": json.dumps(tied)}
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,17 @@ def save(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def quantization(plan: list[PlanEntry], tied: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The quantization_config of config.json; `tied` where no metadata of the weights has it."""
+    config = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "note": WARNING,
+        "plan": [entry.to_config() for entry in plan],
+    }
+    return config | {"tied": dict(tied)} if tied else config
 
 
 def check_target(directory: str | os.PathLike[str]) -> Path:
@@ -122,8 +134,8 @@ def _is_ours(directory: Path) -> bool:
         return False
 
 
-def _tensors(
-    model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
+def tensors_to_store(
+    model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -324,7 +336,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(f"{directory}: there is no such directory")
     config = read_config(directory)
     plan = read_plan(directory / CONFIG, config.get("quantization_config"))
-    header = shards.read(directory)
+    header = with_ties(shards.read(directory), config["quantization_config"])
     problems = written_otherwise(header, config["quantization_config"])
     if problems:
         raise ValueError(problems[0])
@@ -399,6 +411,21 @@ def read_plan(path: Path, quantization: Any) -> list[PlanEntry]:
         return plan_entries(plan)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_tied(quantization: Any) -> dict[str, str]:
+    """{tensor not stored: the one it shares memory with} of a quantization_config."""
+    tied = quantization.get("tied") if isinstance(quantization, dict) else None
+    named = isinstance(tied, dict) and all(isinstance(v, str) for v in tied.values())
+    return tied if named else {}
+
+
+def with_ties(header: Header, quantization: Any) -> Header:
+    """The header with the tied tensors of the config where it records none of its own."""
+    tied = read_tied(quantization)
+    if not tied or "tied" in header.metadata:
+        return header
+    return dataclasses.replace(header, metadata=header.metadata | {"tied": json.dumps(tied)})
 
 
 def check_sizes(header: Header, plan: list[PlanEntry]) -> None:

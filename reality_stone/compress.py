@@ -31,6 +31,7 @@ from .codecs import Codec
 from .nn import Compressed, RBEExperts
 from .nn.experts import unfused
 from .packed import storage_bits
+from .swap import tell
 from .targets import ASKED, ENOUGH, choose, kind_of, matrices, share, tied_heads
 
 
@@ -164,6 +165,7 @@ def compress(
             if calls is not None:
                 _calibrated(job, rest, calls)
         cover(model, report)
+    tell(model)
     report.seconds = time.perf_counter() - start
     return report
 

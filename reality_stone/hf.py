@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: load dense or packed directories, tokenize files."""
+"""Hugging Face models: load dense or packed directories, tokenize files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ PIECE = 100_000  # characters fed to the tokenizer at once
 def from_pretrained(
     directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A causal language model from a dense directory or from one that `save` wrote, in eval mode.
+    """The model of a dense or packed directory, in eval mode.
 
-    `dtype` is that of tensors outside compressed layers. Raises FileNotFoundError or ValueError in
-    one sentence, ImportError with the line to type when transformers is missing.
+    It is of the class that config.json names under "architectures", a causal language model where
+    it names none. `dtype` is that of tensors outside compressed layers. Raises FileNotFoundError or
+    ValueError in one sentence, ImportError with the line to type when transformers is missing.
     """
     transformers = _transformers()
     directory = Path(directory)
@@ -31,7 +32,7 @@ def from_pretrained(
     config = checkpoint.read_config(directory)
     quantization = config.pop("quantization_config", None)
     if quantization is None:
-        return _dense(transformers, directory, dtype).eval()
+        return _dense(_class(transformers, config, directory), directory, dtype).eval()
     opened = checkpoint.open_checkpoint(directory)
     if not config.get("model_type"):
         raise ValueError(
@@ -39,6 +40,14 @@ def from_pretrained(
             "the model yourself and call reality_stone.load(model, directory)"
         )
     return checkpoint.load(_empty(transformers, config, dtype, opened), directory).eval()
+
+
+def quantization_config_class() -> type:
+    """RealityStoneConfig, which is a class of transformers. ImportError with the line to type."""
+    _import_transformers()
+    from .hf_quantizer import RealityStoneConfig
+
+    return RealityStoneConfig
 
 
 def is_packed(directory: str | os.PathLike[str]) -> bool:
@@ -120,11 +129,24 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.tensor([token for ids in found for token in ids], dtype=torch.long)
 
 
-def _dense(transformers: ModuleType, directory: Path, dtype: torch.dtype) -> nn.Module:
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, local_files_only=True
+def _class(transformers: ModuleType, config: dict[str, Any], directory: Path) -> Any:
+    """The model class that a config names."""
+    names = config.get("architectures")
+    if not names:
+        return transformers.AutoModelForCausalLM
+    name = names[0] if isinstance(names, list) else names
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{directory}: config.json names the architecture {name!r:.200}, which transformers "
+            f"{transformers.__version__} does not have"
         )
+    return found
+
+
+def _dense(model_class: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        return model_class.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
     except Exception as error:
         raise ValueError(f"{directory}: the model cannot be loaded: {_first(error)}") from error
 
@@ -138,10 +160,12 @@ def _empty(
     """The model of a config with memory that is reserved but not filled; `load` fills all of it."""
     from transformers.initialization import no_init_weights
 
+    model_class = _class(transformers, config, opened.directory)
     try:
         known = transformers.AutoConfig.for_model(**config)
+        make = getattr(model_class, "_from_config", None) or model_class.from_config
         with no_init_weights():
-            model = transformers.AutoModelForCausalLM.from_config(known, dtype=dtype)
+            model = make(known, dtype=dtype)
     except Exception as error:
         raise ValueError(
             f"{opened.directory}: no model can be built from config.json: {_first(error)}"
@@ -163,12 +187,17 @@ def _first(error: Exception) -> str:
 
 
 def _transformers() -> ModuleType:
+    transformers = _import_transformers()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
         raise ImportError(
             f"this needs transformers ({error}): pip install reality-stone[hf]"
         ) from None
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     return transformers

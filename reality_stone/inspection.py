@@ -87,6 +87,7 @@ def inspect(path: str | os.PathLike[str], progress: bool = True) -> Contents:
             return Contents(str(path), 0, None, problems=problems)
     else:
         header = tensorfile.read_header(path, tolerate=True)
+    header = checkpoint.with_ties(header, quantization)
     problems += header.problems
     own = _written_plan(header)
     if own is not None and quantization is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from . import tensorfile
 from .codecs import Codec, from_config
 from .nn import KINDS, Compressed
 from .nn.experts import fuse, swap_modules, unfused
+
+# Called with a model whose layers have been compressed, or made dense again, in place.
+listeners: list[Callable[[nn.Module], None]] = []
 
 # What a codec may raise on settings or codes that are not its own.
 WRONG = (ValueError, TypeError, OverflowError, AttributeError, RecursionError, ZeroDivisionError)
@@ -107,6 +110,7 @@ def _replace(model: nn.Module, entries: list[PlanEntry]) -> nn.Module:
             raise ValueError("the model is itself the layer to swap: put it into a module first")
         swaps[id(old)] = KINDS[entry.kind].blank(old, entry.codec).train(old.training)
     swap_modules(model, swaps)
+    tell(model)
     return model
 
 
@@ -129,7 +133,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             # Layers that share their codes share the weight.
             dense.weight = weights.setdefault(id(layer.codes), dense.weight)
     swap_modules(model, swaps)
-    return fuse(model)
+    fuse(model)
+    tell(model)
+    return model
+
+
+def tell(model: nn.Module) -> None:
+    """Let who listens know that layers of `model` are others now."""
+    for listener in listeners:
+        listener(model)
 
 
 def plan_entries(plan: Iterable[PlanEntry | Mapping[str, Any]]) -> list[PlanEntry]:

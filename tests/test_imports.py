@@ -19,7 +19,10 @@ FLOORS = [
     "reference", "tensorfile", "nn", "optim",
 ]  # fmt: skip
 # Imported only when asked: nothing of the library stands on them.
-OUTER = {"hf", "peft", "report", "compare", "bench", "doctor", "cli", "__main__", "parallel"}
+OUTER = {
+    "hf", "hf_quantizer", "registration", "peft", "report", "compare", "bench", "doctor", "cli",
+    "__main__", "parallel",
+}  # fmt: skip
 LIBRARY = {*FLOORS, "metrics", "blocks", "evaluate", "compress", "checkpoint", "training"}
 
 

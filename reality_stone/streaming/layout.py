@@ -55,11 +55,7 @@ class Layout:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        return {
-            "quant_method": checkpoint.METHOD,
-            "version": checkpoint.VERSION,
-            "plan": [target.entry.to_config() for target in self.targets],
-        }
+        return checkpoint.quantization([target.entry for target in self.targets])
 
 
 def plan_layout(
@@ -95,8 +91,8 @@ def plan_layout(
         tied = [heads for heads in tied_heads(model, choice.codecs).values() if heads]
         if tied:
             raise ValueError(
-                f"{directory}: the plan names an embedding that {tied[0][0]!r} is tied to; both are "
-                "compressed together only in memory, by reality_stone.compress"
+                f"{directory}: the plan names an embedding that {tied[0][0]!r} is tied to: both "
+                "are compressed together only in memory, by reality_stone.compress"
             )
         targets = [_target(model, recipes, *one, i) for i, one in enumerate(choice.codecs.items())]
         replace(model, [target.entry for target in targets])
