@@ -7,14 +7,15 @@ from .compress import Report, compress
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
+from .plan import Plan, plan
 from .swap import dequantize, replace
 from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Evaluation", "Packed", "Report", "TrainingReport", "accuracy", "codec", "codecs",
+    "Codec", "Evaluation", "Packed", "Plan", "Report", "TrainingReport", "accuracy", "codec", "codecs",
     "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
-    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "quantizers", "replace",
+    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "plan", "quantizers", "replace",
     "save",
 ]  # fmt: skip
 

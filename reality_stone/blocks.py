@@ -244,6 +244,28 @@ def input_hessian(stage: Stage, module: nn.Module) -> Tensor | None:
     return None if total is None else total.div_(max(1, count)).cpu()
 
 
+def hessians(
+    model: nn.Module, targets: Mapping[str, nn.Module], calls: Sequence[Call]
+) -> Iterator[tuple[list[str], Tensor | None]]:
+    """Groups of targets with their input's Hessian, in execution order; None where no call goes.
+
+    The caller may swap the layers of a group before it asks for the next one.
+    """
+    blocks = find_blocks(model, targets)
+    covered = {n for n in targets if any(inside(n, b) for b in blocks)}
+    for stage in stages(model, blocks, calls):
+        here = {n: m for n, m in targets.items() if n in covered and inside(n, stage.name)}
+        if not here:
+            continue
+        for group in execution_groups(stage, here):
+            yield group, input_hessian(stage, here[group[0]])
+            if stage.name in group:  # a block that is itself a layer
+                stage.module = model.get_submodule(stage.name)
+    for name in targets:  # before or after the blocks: the rest of a model that is mostly blocks
+        if name not in covered:
+            yield [name], input_hessian(Stage("", model, calls), targets[name])
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Eval mode without key-value caches, restored afterwards."""

@@ -14,21 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import metrics
-from .blocks import (
-    Stage,
-    calls_from,
-    execution_groups,
-    find_blocks,
-    inference,
-    input_hessian,
-    inside,
-    stages,
-    to_device,
-)
-from .codecs import REGISTRY, Codec
+from .blocks import calls_from, hessians, inference, to_device
+from .codecs import REGISTRY, Codec, Uniform
 from .codecs import codec as make_codec
+from .layer_plan import Plan
 from .nn import RBELinear
 from .packed import storage_bits
+from .sensitivity import make_plan
 
 SMALLEST = 4096  # weights; below this a layer stays dense
 
@@ -108,7 +100,7 @@ def compress(
     calibration: Any = None,
     codec: str | Codec = "trellis",
     *,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
     tokenizer: Any = None,
     context: int = 256,
     batch: int = 16,
@@ -120,15 +112,25 @@ def compress(
 
     calibration: None (no error feedback), a tensor of inputs or token ids (n, length), a list of
         batches, or texts with `tokenizer` (cut into windows of `context` tokens).
-    codec: a name, used at `bits`, or a configured codec (then `bits` is not used).
-    plan: (name pattern, codec or None for dense) pairs, the first match wins over `codec`.
+    codec: a name, used at `bits`, or a configured codec (then `bits` is not used). At bits that the
+        codec has no setting for, each layer gets a rate of its own; see `plan`.
+    plan: a Plan, which says it all, or (name pattern, codec or None for dense) pairs, the first
+        match wins over `codec`.
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
     An interrupt leaves every layer either dense or compressed. Raises ValueError on a weight
     that is not finite, naming layer and position, before that layer is changed.
     """
-    chosen = choose_codecs(model, bits, codec, plan, skip)
+    calls = None if calibration is None else calls_from(calibration, batch, tokenizer, context)
+    if isinstance(plan, Plan):
+        chosen = _planned(model, plan)
+    elif _has_rate(codec, bits):
+        chosen = choose_codecs(model, bits, codec, plan, skip)
+    else:
+        names = plannable(model, plan, skip)
+        own = make_plan(model, names, bits, calls, codec, seed=seed, progress=progress)
+        chosen = choose_codecs(model, bits, Uniform(), [*plan, *own.entries], skip)
     targets = {name: model.get_submodule(name) for name in chosen}
     report = Report(skipped=[n for n, m in linears(model).items() if n not in targets])
     start = time.perf_counter()
@@ -140,11 +142,11 @@ def compress(
     ):
         job = _Job(model, chosen, seed, report, bar)
         job.fit_common()
-        if calibration is None:
+        if calls is None:
             for name in targets:
                 job.replace(name, None)
         else:
-            _calibrated(job, targets, calls_from(calibration, batch, tokenizer, context))
+            _calibrated(job, targets, calls)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -182,6 +184,34 @@ def choose_codecs(
             f"output heads, tied, skipped or below {SMALLEST} weights"
         )
     return chosen
+
+
+def plannable(
+    model: nn.Module,
+    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    skip: Sequence[str] = (),
+) -> list[str]:
+    """The layers that get the usual codec: named by no plan, and not kept dense."""
+    return list(choose_codecs(model, 0, Uniform(), [(pattern, None) for pattern, _ in plan], skip))
+
+
+def _planned(model: nn.Module, plan: Plan) -> dict[str, Codec]:
+    """As choose_codecs, for a plan that says it all. ValueError where it is of another model."""
+    names = list(linears(model))
+    for pattern, _ in plan.entries:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"the plan names {pattern!r}, but the model has no such linear layer")
+    return choose_codecs(model, 0, Uniform(), [*plan.entries, ("*", None)])
+
+
+def _has_rate(codec: str | Codec, bits: float) -> bool:
+    if not isinstance(codec, str) or codec not in REGISTRY:
+        return True  # configured, or refused by name later
+    try:
+        REGISTRY[codec].at_bits(bits)
+    except ValueError:
+        return False
+    return True
 
 
 def _kept_dense(model: nn.Module) -> set[str]:
@@ -262,21 +292,7 @@ class _Job:
 
 
 def _calibrated(job: _Job, targets: Mapping[str, nn.Module], calls: list) -> None:
-    model = job.model
-    device = next(model.parameters()).device
-    to_device(calls, device)
-    blocks = find_blocks(model, targets)
-    covered = {n for n in targets if any(inside(n, b) for b in blocks)}
-    for stage in stages(model, blocks, calls):
-        here = {n: m for n, m in targets.items() if n in covered and inside(n, stage.name)}
-        if not here:
-            continue
-        for group in execution_groups(stage, here):
-            hessian = input_hessian(stage, here[group[0]])
-            for name in group:
-                job.replace(name, hessian)
-                if name == stage.name:  # a block that is itself a layer
-                    stage.module = model.get_submodule(name)
-    for name in targets:  # before or after the blocks: the rest of a model that is mostly blocks
-        if name not in covered:
-            job.replace(name, input_hessian(Stage("", model, calls), targets[name]))
+    to_device(calls, next(job.model.parameters()).device)
+    for group, hessian in hessians(job.model, targets, calls):
+        for name in group:
+            job.replace(name, hessian)
