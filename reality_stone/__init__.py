@@ -13,10 +13,10 @@ from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Evaluation", "Packed", "Plan", "Report", "TrainingReport", "accuracy", "codec", "codecs",
-    "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
-    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "plan", "quantizers", "replace",
-    "save",
+    "Codec", "Evaluation", "Packed", "Plan", "Report", "TrainingReport", "accuracy", "codec",
+    "codecs", "compress", "dequantize", "derivative", "evaluate", "finetune", "from_pretrained",
+    "kl_divergence", "load", "metrics", "nn", "optim", "perplexity", "plan", "quantizers",
+    "replace", "save",
 ]  # fmt: skip
 
 

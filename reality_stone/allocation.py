@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,10 +57,12 @@ def options(codec: str | Codec, rates: Sequence[float] = RATES) -> dict[float, C
 
     8 bits are those of `uniform` where the codec has none. ValueError where there are not two.
     """
+    if not (isinstance(codec, str) and codec in REGISTRY):
+        codec = make_codec(codec)
     found: dict[float, Codec | None] = {}
     for rate in sorted({float(rate) for rate in rates}):
         try:
-            found[rate] = None if rate == DENSE else at_rate(codec, rate)
+            found[rate] = None if rate == DENSE else _at_rate(codec, rate)
         except ValueError:
             if rate == 8:
                 found[rate] = Uniform(bits=8)
@@ -70,11 +73,10 @@ def options(codec: str | Codec, rates: Sequence[float] = RATES) -> dict[float, C
     return found
 
 
-def at_rate(codec: str | Codec, rate: float) -> Codec:
+def _at_rate(codec: str | Codec, rate: float) -> Codec:
     """A codec by name at a nominal rate, or a configured one with its `bits` changed."""
-    if isinstance(codec, str) and codec in REGISTRY:
+    if isinstance(codec, str):
         return REGISTRY[codec].at_bits(rate)
-    codec = make_codec(codec)
     if "bits" not in {f.name for f in dataclasses.fields(codec)}:
         raise ValueError(f"{codec.spec} has no setting bits")
     return dataclasses.replace(codec, bits=rate)
@@ -146,7 +148,7 @@ def _fill(
 ) -> list[int]:
     """Levels raised so as to gain most within `left` more bits: a knapsack over the layers, costs
     rounded up to units that do not depend on `left`."""
-    largest = max((b - a for c in cost for a, b in zip(c, c[1:], strict=False)), default=0)
+    largest = max((b - a for c in cost for a, b in pairwise(c)), default=0)
     unit = max(1, largest // ROOM)
     room = min(left // unit, sum(c[-1] for c in cost) // unit)
     best, chosen = np.zeros(room + 1), []

@@ -7,6 +7,7 @@ the log likelihood at its output, labels drawn from the model itself (K-FAC: Mar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -113,11 +114,12 @@ def _label_surprise(out: object, generator: torch.Generator) -> tuple[Tensor, in
 
 
 def _probe(out: object, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The output along a random direction, in units of its own length, and its rows."""
+    """The output along a random direction, and its rows, so that half of the curvature is the
+    squared error in units of the output's own power."""
     y = first_output(out).float().flatten(0, -2)
     direction = torch.randn(y.shape, generator=generator).to(y.device)
     length = y.detach().pow(2).sum(-1).mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return (direction * y).sum() / length, y.shape[0]
+    return math.sqrt(2) * (direction * y).sum() / length, y.shape[0]
 
 
 @contextmanager

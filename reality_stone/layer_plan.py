@@ -76,9 +76,12 @@ class Plan:
         return sum(self.chosen(layer).loss for layer in self.curves)
 
     def to_json(self) -> dict[str, Any]:
-        loss = self.loss
-        totals = {"bits_per_weight": self.bits_per_weight, "weights": self.weights,
-                  "bytes": math.ceil(self.stored / 8), "loss": loss if loss == loss else None}  # fmt: skip
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "weights": self.weights,
+            "bytes": math.ceil(self.stored / 8),
+            "loss": None if math.isnan(self.loss) else self.loss,
+        }
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -96,7 +99,7 @@ class Plan:
 
     @staticmethod
     def from_json(value: Any) -> Plan:
-        """The plan that `to_json` wrote, or as little as its entries. ValueError in one sentence."""
+        """The plan that `to_json` wrote, or its entries alone. ValueError in one sentence."""
         plan = _object(value, "a plan", {"format", "version", "entries"},
                        {"bits", "measure", "totals", "skipped", "curves"})  # fmt: skip
         if plan["format"] != FORMAT or plan["version"] != VERSION:
@@ -168,9 +171,7 @@ def _config(codec: Codec | None) -> dict[str, Any] | None:
 # --- reading ---
 
 
-def _object(
-    value: Any, what: str, must: set[str], may: Set[str] = frozenset()
-) -> dict[str, Any]:
+def _object(value: Any, what: str, must: set[str], may: Set[str] = frozenset()) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be an object, got {value!r:.100}")
     missing, unknown = must - set(value), set(value) - must - may

@@ -24,6 +24,7 @@ from .codecs import Codec
 from .curvature import is_language, output_power
 from .layer_plan import Plan
 
+USUAL = 2.5  # bits; every layer is measured at the rate nearest to it
 ROWS = 128  # of each layer
 PROBES = 4  # layers on which every rate is measured
 WINDOWS = 16  # calibration rows that the output side is measured on, spread over all of them
@@ -44,7 +45,7 @@ def make_plan(
     """The plan of these layers. Raises ValueError before any work where the rates do not reach."""
     codecs = options(codec, rates)
     check_bits(bits, codecs)
-    curves, unit = measure(model, names, codecs, calls, bits, seed=seed, progress=progress)
+    curves, unit = measure(model, names, codecs, calls, seed=seed, progress=progress)
     return Plan.solve(curves, bits, unit)
 
 
@@ -53,19 +54,18 @@ def measure(
     names: Sequence[str],
     codecs: Mapping[float, Codec | None],
     calls: Sequence[Call] | None,
-    near: float,
     *,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[list[LayerCurve], str]:
     """The curve of each named layer over the rates of `codecs`, and what its losses are.
 
-    Layers are measured at the rate nearest to `near`. With calls the losses are nats per token, or
-    for models that are no language models squared errors of the output relative to its power.
+    Whatever rate a plan is for, the curves are the same. With calls the losses are nats per token,
+    or for models that are no language models squared errors of the output relative to its power.
     Without, they are squared errors of the weights relative to each layer's own.
     """
     rates = [rate for rate, codec in codecs.items() if codec is not None]
-    usual = min(rates, key=lambda rate: abs(rate - near))
+    usual = min(rates, key=lambda rate: abs(rate - USUAL))
     probes = {names[i * len(names) // PROBES] for i in range(PROBES)}
     layers = {name: model.get_submodule(name) for name in names}
     errors: dict[str, dict[float, _Error]] = {}
@@ -138,9 +138,7 @@ def _sample(weight: Tensor, seed: int) -> Tensor:
     return weight[order[:ROWS].sort().values.to(weight.device)].float().cpu()
 
 
-def _error(
-    name: str, weight: Tensor, codec: Codec, hessian: Tensor | None, seed: int
-) -> _Error:
+def _error(name: str, weight: Tensor, codec: Codec, hessian: Tensor | None, seed: int) -> _Error:
     try:
         packed = codec.encode(weight, hessian, seed=seed, label=name)
     except ValueError as error:
