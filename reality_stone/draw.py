@@ -54,7 +54,7 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         for rate in shown if rate != DENSE
     ]  # fmt: skip
     right.plot(*zip(*points, strict=True), label="planned")
-    right.plot(*zip(*even, strict=True), "o:", label="one rate for all layers")
+    right.plot(*zip(*even, strict=True), "o", label="one rate for all layers")
     right.plot(plan.bits_per_weight, plan.loss, "k*", markersize=12, label="this plan")
     right.set(xlabel="bits per weight, all counted", ylabel=f"predicted loss, {plan.measure}")
     right.set_yscale("log")

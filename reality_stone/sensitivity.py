@@ -27,8 +27,8 @@ from .layer_plan import Plan
 USUAL = 2.5  # bits; every layer is measured at the rate nearest to it
 ROWS = 128  # of each layer
 PROBES = 4  # layers on which every rate is measured
-WINDOWS = 16  # calibration rows that the output side is measured on, spread over all of them
-TOGETHER = 4  # of these in one backward pass
+POSITIONS = 4096  # tokens that the output side is measured on, of rows from all the calibration
+CALLS = 4  # that they are run in
 
 
 def make_plan(
@@ -122,12 +122,15 @@ def _output_side(
 def _few(calls: Sequence[Call]) -> list[Call]:
     """Some of the calibration rows, in small batches; calls of another form as they are."""
     if any(c.kwargs or len(c.args) != 1 or not isinstance(c.args[0], Tensor) for c in calls):
-        return list(calls[:: max(1, len(calls) // TOGETHER)])
+        return list(calls[:: max(1, len(calls) // CALLS)])
     rows = [row for call in calls for row in call.args[0].split(1)]
-    rows = rows[:: max(1, len(rows) // WINDOWS)][:WINDOWS]
+    first = rows[0]
+    length = max(1, first.numel() // (first.shape[-1] if first.is_floating_point() else 1))
+    wanted = -(-POSITIONS // length)
+    rows = rows[:: max(1, len(rows) // wanted)][:wanted]
     if len({row.shape for row in rows}) > 1:
         return [Call((row,)) for row in rows]
-    return [Call((part,)) for part in torch.cat(rows).split(TOGETHER)]
+    return [Call((part,)) for part in torch.cat(rows).split(-(-wanted // CALLS))]
 
 
 def _sample(weight: Tensor, seed: int) -> Tensor:
