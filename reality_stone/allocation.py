@@ -150,7 +150,7 @@ def _fill(
     rounded up to units that do not depend on `left`."""
     largest = max((b - a for c in cost for a, b in pairwise(c)), default=0)
     unit = max(1, largest // ROOM)
-    room = min(left // unit, sum(c[-1] for c in cost) // unit)
+    room = min(left, largest) // unit  # beyond the largest only where no step is left
     best, chosen = np.zeros(room + 1), []
     for c, g, now in zip(cost, gain, level, strict=True):
         pick = np.full(room + 1, now, dtype=np.int16)
