@@ -22,7 +22,7 @@ NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
   -gencode arch=compute_90,code=compute_90
 CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
 
-.PHONY: demo examples test bench lint sanitize cuda check-nvcc build clean distclean check-tools
+.PHONY: demo examples test bench lint wheel fuzz sanitize cuda check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -44,6 +44,26 @@ bench: $(BUILT)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
+
+# The wheel for this Python, processor and torch, and the tests on it: in an environment of its own,
+# from a copy of the tests without the package's sources beside it.
+WHEEL_VENV := build/wheel-venv
+wheel: $(BUILT)
+	rm -rf dist build/wheel $(WHEEL_VENV)
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(WHEEL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(ls dist/*.whl)[hf,peft,plot,test]"
+	mkdir -p build/wheel && cp -r tests csrc examples docs pyproject.toml README.md build/wheel
+	cd build/wheel && OMP_NUM_THREADS=1 ../wheel-venv/bin/python -P -m pytest -n $(MAX_JOBS) $(PYTEST)
+	@ls -l dist/*.whl
+
+# Damaged files and manifests under a coverage-guided fuzzer, outside the tests: FUZZ seconds each.
+FUZZ ?= 600
+fuzz: $(BUILT)
+	$(PY) -m pip install --quiet "atheris>=3"
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ)
 
 sanitize: $(BUILT)
 	PYTHON="$(CURDIR)/$(PY)" bash tests/sanitize.sh

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensorfile
-from .nn import RBELinear
+from .nn import Compressed
 from .packed import Packed, storage_dtype
 from .swap import WRONG, PlanEntry, find_layer, plan_entries, plan_of, replace
 from .tensorfile import Header
@@ -125,7 +125,7 @@ def _tensors(
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
     packed: dict[str, Tensor] = {}
     for entry in plan:
-        if model.get_submodule(entry.name).adapter is not None:
+        if getattr(model.get_submodule(entry.name), "adapter", None) is not None:
             raise ValueError(
                 f"layer {entry.name!r} has an adapter, which is no part of a checkpoint: write it "
                 "with nn.lora.save_adapter, then take it off with remove_lora or merge"
@@ -394,7 +394,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     packed: dict[str, str] = {}
     for entry in plan:
         layer = find_layer(model, entry)
-        if layer is model and not (isinstance(layer, RBELinear) and layer.codec == entry.codec):
+        if layer is model and not (isinstance(layer, Compressed) and layer.codec == entry.codec):
             raise ValueError("the model is itself the layer to swap: put it into a module first")
         # Under all its names, where the model uses the layer more than once.
         for name, module in model.named_modules(remove_duplicate=False):
@@ -432,8 +432,8 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _device(layer: nn.Linear | RBELinear) -> torch.device:
-    return layer.codes.device if isinstance(layer, RBELinear) else layer.weight.device
+def _device(layer: nn.Module) -> torch.device:
+    return layer.codes.device if isinstance(layer, Compressed) else layer.weight.device
 
 
 def _is_tensor(value: Any) -> bool:

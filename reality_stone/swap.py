@@ -11,7 +11,7 @@ from torch import nn
 
 from . import tensorfile
 from .codecs import Codec, from_config
-from .nn import RBELinear
+from .nn import KINDS, Compressed
 
 # What a codec may raise on settings or codes that are not its own.
 WRONG = (ValueError, TypeError, OverflowError, AttributeError, RecursionError, ZeroDivisionError)
@@ -19,12 +19,13 @@ WRONG = (ValueError, TypeError, OverflowError, AttributeError, RecursionError, Z
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One compressed layer: module name, (out, in), codec, and whether it has a bias."""
+    """One compressed layer: module name, (out, in), codec, whether it has a bias, and its kind."""
 
     name: str
     shape: tuple[int, int]
     codec: Codec
     bias: bool
+    kind: str = "linear"  # see nn.KINDS
 
     @property
     def prefix(self) -> str:
@@ -37,12 +38,13 @@ class PlanEntry:
         return sizes | {f"{self.prefix}{p.name}": p.sizes for p in self.codec.params(self.shape)}
 
     def to_config(self) -> dict[str, Any]:
-        return {
+        config = {
             "name": self.name,
             "shape": list(self.shape),
             "codec": self.codec.to_config(),
             "bias": self.bias,
         }
+        return config if self.kind == "linear" else config | {"kind": self.kind}
 
     @staticmethod
     def from_config(value: Any) -> PlanEntry:
@@ -50,12 +52,18 @@ class PlanEntry:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             raise ValueError(f"a plan entry must be an object with a name, got {value!r:.200}")
         name, shape, bias = value["name"], value.get("shape"), value.get("bias")
+        kind = value.get("kind", "linear")
         if not tensorfile.is_sizes(shape) or len(shape) != 2:
             raise ValueError(f"layer {name!r}: shape must be [out, in], got {shape!r:.200}")
         if not isinstance(bias, bool):
             raise ValueError(f"layer {name!r}: bias must be true or false, got {bias!r:.200}")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(
+                f"layer {name!r}: kind must be one of {', '.join(KINDS)}, got {kind!r:.200}"
+            )
+        codec = value.get("codec")
         try:
-            entry = PlanEntry(name, (shape[0], shape[1]), from_config(value.get("codec")), bias)
+            entry = PlanEntry(name, (shape[0], shape[1]), from_config(codec), bias, kind)
             entry.tensors()
         except WRONG as error:
             raise ValueError(f"layer {name!r}: {error}") from None
@@ -65,51 +73,48 @@ class PlanEntry:
 def plan_of(model: nn.Module) -> list[PlanEntry]:
     """The compressed layers of a model, in its order."""
     return [
-        PlanEntry(name, module.shape, module.codec, module.bias is not None)
+        PlanEntry(name, module.shape, module.codec, module.bias is not None, module.kind)
         for name, module in model.named_modules()
-        if isinstance(module, RBELinear)
+        if isinstance(module, Compressed)
     ]
 
 
 def replace(model: nn.Module, plan: Iterable[PlanEntry | Mapping[str, Any]]) -> nn.Module:
-    """Swap the layers of `plan` for RBELinear without data (meta device), in place.
+    """Swap the layers of `plan` for compressed ones without data (meta device), in place.
 
     A layer that is already what the plan says is left alone. Raises ValueError, before any change,
     on a name that is not there and on a layer of another kind or shape.
     """
     entries = plan_entries(plan)
-    swaps: dict[int, RBELinear] = {}
+    swaps: dict[int, nn.Module] = {}
     for entry in entries:
         old = find_layer(model, entry)
-        if isinstance(old, RBELinear) and old.codec == entry.codec:
+        if isinstance(old, Compressed) and old.codec == entry.codec:
             continue
-        if isinstance(old, RBELinear) and old.adapter is not None:
+        if getattr(old, "adapter", None) is not None:
             raise ValueError(
                 f"layer {entry.name!r} has an adapter, made beside {old.codec.spec}: take it off "
                 "with nn.lora.remove_lora before the layer becomes another"
             )
         if old is model:
             raise ValueError("the model is itself the layer to swap: put it into a module first")
-        kind = None if old.bias is None else old.bias.dtype
-        out, n = entry.shape
-        new = RBELinear(n, out, entry.bias, entry.codec, device="meta", dtype=kind)
-        swaps[id(old)] = new.train(old.training)
+        swaps[id(old)] = KINDS[entry.kind].blank(old, entry.codec).train(old.training)
     swap_modules(model, swaps)
     return model
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Swap every RBELinear for nn.Linear with the decoded weight, in place.
+    """Swap every compressed layer for the dense one with the decoded weight, in place.
 
     `dtype` defaults to that of the model's first parameter outside compressed layers, or float32.
     """
-    layers = [m for m in model.modules() if isinstance(m, RBELinear)]
+    layers = [m for m in model.modules() if isinstance(m, Compressed)]
     own = {id(p) for layer in layers for p in layer.params}
     dense = (p.dtype for p in model.parameters() if id(p) not in own and p.is_floating_point())
     dtype = dtype or next(dense, torch.float32)
-    if isinstance(model, RBELinear):
-        return model.to_linear(dtype)
-    swap_modules(model, {id(layer): layer.to_linear(dtype) for layer in layers})
+    if isinstance(model, Compressed):
+        return model.to_dense(dtype)
+    swap_modules(model, {id(layer): layer.to_dense(dtype) for layer in layers})
     return model
 
 
@@ -132,24 +137,29 @@ def plan_entries(plan: Iterable[PlanEntry | Mapping[str, Any]]) -> list[PlanEntr
     return entries
 
 
-def find_layer(model: nn.Module, entry: PlanEntry) -> nn.Linear | RBELinear:
-    """The module an entry names. Raises ValueError unless it is as the entry says."""
+def find_layer(model: nn.Module, entry: PlanEntry) -> nn.Module:
+    """The module an entry names, dense or compressed. ValueError unless it is as the entry says."""
     try:
         module = model.get_submodule(entry.name)
     except AttributeError:
         raise ValueError(
             f"the plan names layer {entry.name!r}, which the model does not have"
         ) from None
-    if not isinstance(module, (nn.Linear, RBELinear)):
+    kind = KINDS[entry.kind]
+    if isinstance(module, Compressed) and module.kind == entry.kind:
+        shape = module.shape
+    elif kind.replaces(module):
+        shape = tuple(kind.dense_weight(module).shape)
+    else:
         raise ValueError(
-            f"layer {entry.name!r} must be nn.Linear or RBELinear, the model has "
+            f"layer {entry.name!r} must be {kind.dense_name} or {kind.__name__}, the model has "
             f"{type(module).__name__}"
         )
-    shape = (module.out_features, module.in_features)
-    if shape != entry.shape or (module.bias is not None) != entry.bias:
+    bias = getattr(module, "bias", None) is not None
+    if shape != entry.shape or bias != entry.bias:
         raise ValueError(
             f"layer {entry.name!r} is {_layer_text(entry.shape, entry.bias)} in the plan and "
-            f"{_layer_text(shape, module.bias is not None)} in the model"
+            f"{_layer_text(shape, bias)} in the model"
         )
     return module
 

@@ -119,7 +119,7 @@ def from_config(config: dict[str, Any]) -> Codec:
 
 def _kind(name: str) -> type[Codec]:
     if name not in REGISTRY:
-        raise ValueError(f"unknown codec {name!r}, this release has {', '.join(codecs())}")
+        raise ValueError(f"unknown codec {name[:200]!r}, this release has {', '.join(codecs())}")
     return REGISTRY[name]
 
 

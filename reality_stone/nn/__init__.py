@@ -1,7 +1,11 @@
 """Layers whose weights are codes."""
 
 from . import lora
+from .compressed import Compressed
 from .linear import RBELinear
 from .trainable import TrainableRBELinear
 
-__all__ = ["RBELinear", "TrainableRBELinear", "lora"]
+# The kinds of compressed layers by their names in plans.
+KINDS: dict[str, type[Compressed]] = {layer.kind: layer for layer in (RBELinear,)}
+
+__all__ = ["KINDS", "Compressed", "RBELinear", "TrainableRBELinear", "lora"]

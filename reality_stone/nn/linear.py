@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..codecs import Codec
 from ..codecs import codec as make_codec
-from ..packed import Packed, storage_bits
+from ..packed import Packed
 from .adapter import Adapter, attach
+from .compressed import Compressed
 from .observe import Observe
 
 
-class RBELinear(nn.Module):
+class RBELinear(Compressed):
     """y = x @ decode(codes, params).T + bias for x of shape (..., in_features).
 
     `codes` is a uint8 buffer; each of the codec's params is an nn.Parameter named as in the codec
@@ -30,6 +31,7 @@ class RBELinear(nn.Module):
     torch.Size([2, 3, 32])
     """
 
+    kind, dense_name = "linear", "nn.Linear"
     in_features: int
     out_features: int
     # Called in every backward with (x, dLoss/dy) as matrices; see nn/observe.py.
@@ -46,33 +48,17 @@ class RBELinear(nn.Module):
         lora_rank: int = 0,
         **settings: Any,
     ):
-        super().__init__()
-        self.codec = make_codec(codec, **settings)
+        super().__init__(make_codec(codec, **settings), (out_features, in_features), device)
         self.in_features, self.out_features = in_features, out_features
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        tile = self.codec.tile(self.shape)
-        size = (*tile.grid(self.shape), tile.bytes)
-        self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
-        self._names = []
-        for spec in self.codec.params(self.shape):
-            kind = torch.uint8 if spec.codes else torch.float32
-            self._own(spec.name, torch.empty(spec.sizes, dtype=kind, device=device))
         self.register_module("adapter", None)
         if lora_rank:
             attach(self, Adapter(in_features, out_features, lora_rank, device=device, dtype=dtype))
         if self.codes.device.type != "meta":
             self.reset_parameters()
-
-    def _own(self, name: str, value: Tensor) -> None:
-        """Register one of the codec's params, a buffer where it is codes."""
-        self._names.append(name)
-        if value.is_floating_point():
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value)
 
     def reset_parameters(self) -> None:
         """Encode a fresh weight with nn.Linear's law, uniform in +-1/sqrt(in_features); an adapter
@@ -111,14 +97,26 @@ class RBELinear(nn.Module):
     ) -> RBELinear:
         """Compress a dense layer; `hessian` (in, in) is E[x x^T] of its input, `given` holds shared
         params that are used as they are, `lora_rank` adds an adapter."""
-        packed = make_codec(codec, **settings).encode(
-            linear.weight, hessian, seed=seed, label=label, given=given
+        layer = cls.from_dense(
+            linear, make_codec(codec, **settings), hessian, seed=seed, label=label, given=given
         )
-        layer = cls.from_packed(packed.to(linear.weight.device), linear.bias)
         if lora_rank:
             device = linear.weight.device
             attach(layer, Adapter(layer.in_features, layer.out_features, lora_rank, device=device))
-        return layer.train(linear.training)
+        return layer
+
+    @classmethod
+    def replaces(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    @classmethod
+    def blank(cls, module: nn.Module, codec: Codec) -> RBELinear:
+        out, n = module.shape if isinstance(module, Compressed) else cls.dense_weight(module).shape
+        dtype = None if module.bias is None else module.bias.dtype
+        return cls(n, out, module.bias is not None, codec, device="meta", dtype=dtype)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return self.to_linear(dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer with the decoded weight, an adapter added to it."""
@@ -129,76 +127,11 @@ class RBELinear(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().to(dtype or self.bias.dtype).clone())
         return dense.train(self.training)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features), the logical shape of the weight."""
-        return self.out_features, self.in_features
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The codec's params in its order."""
-        return [getattr(self, name) for name in self._names]
-
-    @property
-    def weight(self) -> Tensor:
-        """The decoded weight, float32, detached, without the adapter: for reading."""
-        with torch.no_grad():
-            return ops.decode(self.codes, self._float_params(), self.codec.spec, self.shape)
-
-    @property
-    def packed(self) -> Packed:
-        """Codes and params as they are now, sharing memory with the layer."""
-        params = dict(zip(self._names, (p.detach() for p in self._float_params()), strict=True))
-        return Packed(self.codec, self.shape, self.codes, params)
-
-    def set_packed(self, packed: Packed) -> None:
-        """Replace codes and params by those of the same codec and shape."""
-        if packed.codec != self.codec or tuple(packed.shape) != self.shape:
-            raise ValueError(
-                f"expected {self.codec.spec} of shape {self.shape}, "
-                f"got {packed.codec.spec} of shape {tuple(packed.shape)}"
-            )
-        with torch.no_grad():
-            ops.huge_pages(self.codes.copy_(packed.codes))
-            for name, value in packed.params.items():
-                ops.huge_pages(getattr(self, name).copy_(value))
-
     def recode(self, packed: Packed) -> None:
-        """Take the codes and params of another codec.
-
-        A param whose name and sizes both codecs have keeps its Parameter and takes the new values;
-        others are new objects, which an optimiser must be given (`training.renew`). Params
-        that codecs share between layers become this layer's own. New ones train if old ones did.
-        """
-        if tuple(packed.shape) != self.shape:
-            raise ValueError(f"expected a weight of {self.shape}, got {tuple(packed.shape)}")
-        old, device = {name: getattr(self, name) for name in self._names}, self.codes.device
-        trains = any(p.requires_grad for p in old.values())
-        dtype = next((p.dtype for p in old.values() if p.is_floating_point()), torch.float32)
-        common = {*self.codec.common, *packed.codec.common}
-        for name in self._names:
-            delattr(self, name)
-        self.codec, self._names = packed.codec, []
-        self.codes = ops.huge_pages(packed.codes.to(device, copy=True))
-        for name, value in packed.params.items():
-            kind = dtype if value.is_floating_point() else value.dtype
-            self._own(name, value.detach().to(device, kind, copy=True))
-            mine, new = old.get(name), getattr(self, name)
-            if not isinstance(new, nn.Parameter):
-                continue
-            new.requires_grad_(trains)
-            if isinstance(mine, nn.Parameter) and mine.shape == new.shape and name not in common:
-                with torch.no_grad():
-                    setattr(self, name, mine.copy_(new))
-        if self.adapter is not None and set(old) & set(self.adapter.froze):
+        old = set(self._names)
+        super().recode(packed)
+        if self.adapter is not None and old & set(self.adapter.froze):
             self.adapter.froze += tuple(self._names)  # for the day it is taken off
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of codes and params (not the bias nor an adapter) over the number of
-        weights."""
-        stored = storage_bits(self.codes) + sum(storage_bits(p.detach()) for p in self.params)
-        return stored / max(1, self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -213,13 +146,6 @@ class RBELinear(nn.Module):
             y = y + self.adapter(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _float_params(self) -> list[Tensor]:
-        # .half() and .bfloat16() narrow params; the kernels read float32.
-        return [p.float() if p.is_floating_point() else p for p in self.params]
-
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
-        text += f"bias={self.bias is not None}, codec={self.codec.spec}"
-        if self.codes.device.type == "meta":
-            return text
-        return text + f", {self.bits_per_weight:.3f} bits/weight"
+        return text + f"bias={self.bias is not None}, {self._rate()}"

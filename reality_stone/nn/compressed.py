@@ -1,0 +1,156 @@
+"""What every compressed layer holds: codes, a few tables, and the codec that reads them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..codecs import Codec
+from ..packed import Packed, storage_bits
+
+
+class Compressed(nn.Module):
+    """A matrix `shape` as a uint8 buffer `codes` and the codec's params under their own names.
+
+    Params are nn.Parameters, trained while the codes stay; those that are codes are buffers. A kind
+    of layer says by `replaces`, `blank`, `from_dense` and `to_dense` which dense module it stands
+    for; `kind` is its name in plans. Every kind is in nn.KINDS.
+    """
+
+    kind: ClassVar[str]
+    dense_name: ClassVar[str]  # of the dense module, for messages
+    bias: Tensor | None
+    codes: Tensor
+
+    def __init__(self, codec: Codec, shape: tuple[int, int], device: Any = None):
+        super().__init__()
+        self.codec, self.shape = codec, shape
+        tile = codec.tile(shape)
+        size = (*tile.grid(shape), tile.bytes)
+        self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
+        self._names: list[str] = []
+        for spec in codec.params(shape):
+            kind = torch.uint8 if spec.codes else torch.float32
+            self._own(spec.name, torch.empty(spec.sizes, dtype=kind, device=device))
+
+    def _own(self, name: str, value: Tensor) -> None:
+        """Register one of the codec's params, a buffer where it is codes."""
+        self._names.append(name)
+        if value.is_floating_point():
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    # --- the dense module that it stands for ---
+
+    @classmethod
+    def replaces(cls, module: nn.Module) -> bool:
+        """Whether this kind of layer can stand for the dense module."""
+        raise NotImplementedError
+
+    @classmethod
+    def dense_weight(cls, module: nn.Module) -> Tensor:
+        """The dense module's weight as the matrix (out, in) that is compressed."""
+        return module.weight
+
+    @classmethod
+    def blank(cls, module: nn.Module, codec: Codec) -> Compressed:
+        """The layer for a dense (or compressed) module of this kind, without data (meta device)."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.Module, codec: Codec, hessian: Tensor | None = None, **options: Any
+    ) -> Compressed:
+        """Compress a dense module; options: those of `Codec.encode`."""
+        weight = cls.dense_weight(module)
+        packed = codec.encode(weight, hessian, **options).to(weight.device)
+        layer = cls.blank(module, codec).to_empty(device=weight.device)
+        layer.set_packed(packed)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(module.bias.detach().clone())
+        return layer.train(module.training)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense module with the decoded weight, float32 by default."""
+        raise NotImplementedError
+
+    # --- the codes ---
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The codec's params in its order."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, float32, detached, without an adapter: for reading."""
+        with torch.no_grad():
+            return ops.decode(self.codes, self._float_params(), self.codec.spec, self.shape)
+
+    @property
+    def packed(self) -> Packed:
+        """Codes and params as they are now, sharing memory with the layer."""
+        params = dict(zip(self._names, (p.detach() for p in self._float_params()), strict=True))
+        return Packed(self.codec, self.shape, self.codes, params)
+
+    def set_packed(self, packed: Packed) -> None:
+        """Replace codes and params by those of the same codec and shape."""
+        if packed.codec != self.codec or tuple(packed.shape) != self.shape:
+            raise ValueError(
+                f"expected {self.codec.spec} of shape {self.shape}, "
+                f"got {packed.codec.spec} of shape {tuple(packed.shape)}"
+            )
+        with torch.no_grad():
+            ops.huge_pages(self.codes.copy_(packed.codes))
+            for name, value in packed.params.items():
+                ops.huge_pages(getattr(self, name).copy_(value))
+
+    def recode(self, packed: Packed) -> None:
+        """Take the codes and params of another codec.
+
+        A param whose name and sizes both codecs have keeps its Parameter and takes the new values;
+        others are new objects, which an optimiser must be given (`training.renew`). Params
+        that codecs share between layers become this layer's own. New ones train if old ones did.
+        """
+        if tuple(packed.shape) != self.shape:
+            raise ValueError(f"expected a weight of {self.shape}, got {tuple(packed.shape)}")
+        old, device = {name: getattr(self, name) for name in self._names}, self.codes.device
+        trains = any(p.requires_grad for p in old.values())
+        dtype = next((p.dtype for p in old.values() if p.is_floating_point()), torch.float32)
+        common = {*self.codec.common, *packed.codec.common}
+        for name in self._names:
+            delattr(self, name)
+        self.codec, self._names = packed.codec, []
+        self.codes = ops.huge_pages(packed.codes.to(device, copy=True))
+        for name, value in packed.params.items():
+            kind = dtype if value.is_floating_point() else value.dtype
+            self._own(name, value.detach().to(device, kind, copy=True))
+            mine, new = old.get(name), getattr(self, name)
+            if not isinstance(new, nn.Parameter):
+                continue
+            new.requires_grad_(trains)
+            if isinstance(mine, nn.Parameter) and mine.shape == new.shape and name not in common:
+                with torch.no_grad():
+                    setattr(self, name, mine.copy_(new))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes and params (not the bias nor an adapter) over the number of
+        weights."""
+        stored = storage_bits(self.codes) + sum(storage_bits(p.detach()) for p in self.params)
+        return stored / max(1, self.shape[0] * self.shape[1])
+
+    def _float_params(self) -> list[Tensor]:
+        # .half() and .bfloat16() narrow params; the kernels read float32.
+        return [p.float() if p.is_floating_point() else p for p in self.params]
+
+    def _rate(self) -> str:
+        """codec and bits per weight, for extra_repr."""
+        text = f"codec={self.codec.spec}"
+        if self.codes.device.type == "meta":
+            return text
+        return text + f", {self.bits_per_weight:.3f} bits/weight"
