@@ -10,6 +10,7 @@ room it did not fit into.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,7 +89,7 @@ def stored_bits(codec: Codec | None, shape: tuple[int, int]) -> float:
         return DENSE * shape[0] * shape[1]
     tile = codec.tile(shape)
     rows, cols = tile.grid(shape)
-    params = sum((8 if p.codes else 16) * int(np.prod(p.sizes)) for p in codec.params(shape))
+    params = sum((8 if p.codes else 16) * math.prod(p.sizes) for p in codec.params(shape))
     return 8 * tile.bytes * rows * cols + params
 
 
