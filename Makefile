@@ -35,6 +35,7 @@ examples: $(BUILT)
 	$(PY) examples/lora_on_codes.py --calibration 8 --training 16 --judging 4096
 	$(PY) examples/qat_digits.py --seeds 1
 	$(PY) examples/code_descent.py --steps 8 --windows 16
+	$(PY) examples/run_notebooks.py --quick
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) $(PYTEST)

@@ -5,6 +5,7 @@ Every number printed and drawn is measured in this run. `--quick` does the same 
 
 import argparse
 import copy
+import datetime
 import shlex
 import sys
 import time
@@ -70,6 +71,7 @@ def main() -> None:
     print("\n" + show.table(report.COLUMNS, report.trial_rows(trials)) + "\n")
     print("\n".join(f"{t.name}: {PROMPT}{t.text}\n" for t in trials if t.text))
     details = {
+        "Date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "Command": shlex.join(["python", *sys.argv]),
         "Model": f"novels_lm, {weights:,} weights in {len(layers(models[lowest]))} matrices",
         "Calibration": f"{windows.numel():,} tokens of the training text",

@@ -123,6 +123,12 @@ def _tensors(
     model: nn.Module, plan: list[PlanEntry], dense_dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store, tied tensors once; and {name left out: name stored} for the tied."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"tensor {name!r} is divided over ranks: save inside `with "
+                "reality_stone.parallel.gathered(model):`"
+            )
     packed: dict[str, Tensor] = {}
     for entry in plan:
         if getattr(model.get_submodule(entry.name), "adapter", None) is not None:
@@ -179,7 +185,9 @@ def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _model_config(model: nn.Module, dense_dtype: torch.dtype | None) -> dict[str, Any]:
     config = getattr(model, "config", None)
     known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
-    known["architectures"] = [type(model).__name__]
+    # FSDP2 puts a class of its own before the model's.
+    own = (c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed"))
+    known["architectures"] = [next(own).__name__]
     if known.get("model_type"):
         dtype = dense_dtype or getattr(model, "dtype", torch.float32)
         known["dtype"] = str(dtype).removeprefix("torch.")

@@ -109,6 +109,18 @@ def _finetune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from . import report
+
+    request = report.Request(
+        args.directory, args.reference, args.text, args.context, args.tokens, args.bench,
+        args.training,
+    )  # fmt: skip
+    found = report.report_directory(request, args.out, args.date)
+    _print(args, found.to_json() | {"page": args.out}, lambda: show.report(found, args.out))
+    return 0 if found.contents.sound else 1
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from .inspection import inspect
 
@@ -234,6 +246,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--judge", metavar="FILE", help="text to measure on before and after")
     one.add_argument("--judge-tokens", type=_count, default=16384, help="default 16384")
     one.add_argument("--seed", type=int, default=5, help="of the choice of windows (default 5)")
+
+    one = verb("report", _report, "one HTML page about a compressed model")
+    one.add_argument("directory", metavar="DIR", help="compressed model")
+    one.add_argument("--reference", metavar="DENSE_DIR", help="dense model to compare it with")
+    one.add_argument("--text", metavar="FILE", help="text, plain or .xz, to measure perplexity on")
+    one.add_argument("--context", type=_context, default=256, help="tokens a window (default 256)")
+    one.add_argument("--tokens", type=_count, default=65536, help="tokens to use (default 65536)")
+    one.add_argument("--bench", action="store_true", help="time its matrices on this machine")
+    one.add_argument(
+        "--training", metavar="LOG.json", nargs="+", default=[],
+        help="what finetune --json printed: loss curves",
+    )  # fmt: skip
+    one.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
+    one.add_argument("--date", metavar="TEXT", default="", help="to stand on the page")
 
     one = verb("inspect", _inspect, "what is in a compressed file, and where it is damaged")
     one.add_argument("path", metavar="DIR_OR_FILE")

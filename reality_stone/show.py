@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .doctor import Diagnosis
     from .inspection import Contents
     from .jobs import DirectoryEvaluation, DirectoryTraining
+    from .report import Measured
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -85,6 +86,20 @@ def training(found: DirectoryTraining) -> str:
         if found.after.kl is not None:
             lines.append(f"KL          {found.before.kl:.5f} to {found.after.kl:.5f}")
     return "\n".join([*lines, f"time        {done.seconds:.1f} s", f"saved       {found.target}"])
+
+
+def report(found: Measured, path: str) -> str:
+    lines = [f"bits        {found.contents.bits_per_weight:.3f} per weight"]
+    for name, values in (("weights", found.errors), ("outputs", found.output_errors)):
+        if values:
+            mean = sum(values.values()) / len(values)
+            lines.append(f"{name:<10}  {mean:.5f} of the power is lost, mean over layers")
+    if found.quality is not None:
+        dense = found.quality.dense
+        beside = "" if dense is None else f", dense {dense.perplexity:.3f}"
+        lines.append(f"perplexity  {found.quality.packed.perplexity:.3f}{beside}")
+    lines += [f"left out    {why}" for why in dict.fromkeys(found.gaps.values())]
+    return "\n".join([*lines, f"saved       {path}"])
 
 
 def contents(found: Contents) -> str:

@@ -1,5 +1,7 @@
 """Small models that several test files train."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -26,3 +28,35 @@ def bigrams() -> tuple[Bigram, Bigram]:
     packed.load_state_dict(dense.state_dict())
     rs.compress(packed, bits=2, codec="uniform", progress=False)
     return dense, packed
+
+
+SENTENCE = "it was the best of times it was the worst of times said an old sailor to his ship"
+WORDS = SENTENCE.split()
+
+
+def text(count: int) -> str:
+    """Words of a small vocabulary in random order."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()
+    return " ".join(WORDS[i] for i in chosen)
+
+
+def language_model(directory: Path) -> Path:
+    """A tiny Llama with a tokenizer of whole words and a text, as a Hugging Face directory."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).half()
+    model.save_pretrained(directory)
+    vocabulary = {word: i for i, word in enumerate(["?", *sorted(set(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    (directory / "text.txt").write_text(text(2000))
+    return directory

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import torch
 
@@ -12,37 +13,11 @@ import reality_stone as rs
 from reality_stone import bench, cli, compare, jobs, tensorfile
 from reality_stone.codecs import REGISTRY, codec
 
-TEXT = "it was the best of times it was the worst of times said an old sailor to his ship"
-WORDS = TEXT.split()
-
-
-def text(count: int) -> str:
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()
-    return " ".join(WORDS[i] for i in chosen)
-
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    """A tiny Llama with a tokenizer of whole words and a text, as a Hugging Face directory."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    directory = tmp_path_factory.mktemp("models") / "dense"
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).half()
-    model.save_pretrained(directory)
-    vocabulary = {word: i for i, word in enumerate(["?", *sorted(set(WORDS))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    (directory / "text.txt").write_text(text(2000))
-    return directory
+    pytest.importorskip("transformers")
+    return models.language_model(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ EDITS = st.lists(
 def test_the_seeds_of_a_target_are_accepted(name, tmp_path):
     # Otherwise damage to them would prove nothing.
     target = targets.TARGETS[name]
-    assert all([target.run(seed, tmp_path) for seed in target.seeds(tmp_path)])
+    assert all(target.run(seed, tmp_path) for seed in target.seeds(tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)

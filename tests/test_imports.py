@@ -19,7 +19,7 @@ FLOORS = [
     "reference", "tensorfile", "nn", "optim",
 ]  # fmt: skip
 # Imported only when asked: nothing of the library stands on them.
-OUTER = {"hf", "peft", "report", "compare", "bench", "doctor", "cli", "__main__"}
+OUTER = {"hf", "peft", "report", "compare", "bench", "doctor", "cli", "__main__", "parallel"}
 LIBRARY = {*FLOORS, "metrics", "blocks", "evaluate", "compress", "checkpoint", "training"}
 
 

@@ -151,6 +151,7 @@ class Compressed(nn.Module):
     def _rate(self) -> str:
         """codec and bits per weight, for extra_repr."""
         text = f"codec={self.codec.spec}"
-        if self.codes.device.type == "meta":
+        # What is divided over ranks has no values to ask for without the other ranks.
+        if any(t.is_meta or hasattr(t, "device_mesh") for t in (self.codes, *self.params)):
             return text
         return text + f", {self.bits_per_weight:.3f} bits/weight"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import tensorfile
 from ..metrics import hessian_nmse, nmse
-from ..packed import storage_bits
+from ..packed import Packed, storage_bits
 from .adapter import Adapter, attach, check_settings, detach
 from .linear import RBELinear
 from .low_rank import start_at
@@ -122,8 +122,18 @@ def merge(layer: RBELinear, hessian: Tensor | None = None, *, seed: int = 0) -> 
     """
     if not isinstance(layer, RBELinear) or layer.adapter is None:
         raise ValueError("merge takes one compressed layer that has an adapter")
+    packed, found = encode_sum(layer, layer.adapter.weight, hessian, seed=seed)
+    detach(layer)
+    layer.set_packed(packed)
+    return found
+
+
+def encode_sum(
+    layer: RBELinear, term: Tensor, hessian: Tensor | None = None, *, seed: int = 0
+) -> tuple[Packed, Merge]:
+    """Codes of W + `term` (out, in), and what they cost; the layer stays. Raises as `merge`."""
     before = layer.weight
-    target = before + layer.adapter.weight
+    target = before + term
     given = {name: getattr(layer, name).detach().cpu().float() for name in layer.codec.common}
     packed = layer.codec.encode(target, hessian, seed=seed, given=given)
     packed = packed.to(layer.codes.device)
@@ -134,9 +144,7 @@ def merge(layer: RBELinear, hessian: Tensor | None = None, *, seed: int = 0) -> 
             f"{found.error:.2e} of its square, and without the adapter it is off by "
             f"{found.dropped:.2e}: keep the adapter, or use more bits"
         )
-    detach(layer)
-    layer.set_packed(packed)
-    return found
+    return packed, found
 
 
 def _error(a: Tensor, b: Tensor, hessian: Tensor | None) -> float:

@@ -16,6 +16,7 @@ from ..codecs import codec as make_codec
 from ..packed import Packed
 from ..quantizers import Quantizer
 from .linear import RBELinear
+from .stepping import begin, enrol
 
 MEMORY = 100  # batches that the running Hessian looks back on
 
@@ -39,6 +40,9 @@ class TrainableRBELinear(nn.Module):
 
     A training step has ended when the weight was changed, or its gradient taken away, since the
     last training forward: accumulation, recomputed forwards and eval mode do not count.
+
+    torch.compile takes the layer whole, encoding included; with a quantizer, whose schedule is
+    Python, the graph breaks once where training begins.
 
     `finalize()` turns the layer into RBELinear and drops the master weight.
 
@@ -92,6 +96,7 @@ class TrainableRBELinear(nn.Module):
             size = (in_features, in_features)
             self.register_buffer("hessian", torch.zeros(size, device=device))
         self._forget()
+        self._key = enrol(self)
         if quantizer is None:
             self._make_buffers()
         if self.weight.device.type != "meta":
@@ -144,7 +149,7 @@ class TrainableRBELinear(nn.Module):
         if self.layer is not None:
             return self.layer(x)
         if self.training:
-            self._begin(x)
+            self._step(x)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -179,6 +184,19 @@ class TrainableRBELinear(nn.Module):
         return self._loss
 
     # --- steps ---
+
+    def _step(self, x: Tensor) -> None:
+        if torch.compiler.is_exporting():  # a program that is exported trains no more
+            return
+        if torch.compiler.is_compiling() and self.quantizer is None:
+            begin(x.detach(), self._key, self._written())
+        else:  # breaks a graph: what a quantizer's schedule changes stands in the graph as numbers
+            self._begin(x)
+
+    def _written(self) -> list[Tensor]:
+        """The buffers that `_begin` changes."""
+        names = [*self._names, "codes", "offset", *(["hessian"] if self.gathers else [])]
+        return [getattr(self, name) for name in names]
 
     @torch.compiler.disable
     def _begin(self, x: Tensor) -> None:
@@ -334,6 +352,7 @@ class TrainableRBELinear(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._version = self.weight._version if state["_version"] else None
+        self._key = enrol(self)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -185,7 +185,7 @@ def _file(name: str) -> Callable[[Path], list[bytes]]:
 
 
 def _some_codes(_: Path) -> list[bytes]:
-    """For each codec: its number, then codes and params of an encoded weight as `codes` reads them."""
+    """For each codec: its number, then codes and params of a weight, as `codes` reads them."""
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     found = []
     for i, name in enumerate(sorted(REGISTRY)):
