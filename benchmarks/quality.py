@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import reality_stone as rs
 from reality_stone import compare, hf
 from reality_stone.jobs import Calibration
-from reality_stone.targets import choose_codecs
+from reality_stone.targets import choose
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 CONTEXT = 256
@@ -71,7 +71,7 @@ PEERS: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {
 def compress_with(model: nn.Module, method: Callable[[Tensor], tuple[Tensor, float]]) -> float:
     """Replace every weight our codecs would replace by the method's; its bits per weight."""
     bits = weights = 0.0
-    for name in choose_codecs(model, 4, "uniform"):
+    for name in choose(model, 4, "uniform").codecs:
         weight = model.get_submodule(name).weight
         value, stored = method(weight.data)
         weight.copy_(value.view_as(weight))

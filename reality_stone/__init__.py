@@ -7,16 +7,17 @@ from .compress import Report, compress, coverage
 from .evaluate import Evaluation, evaluate, kl_divergence, perplexity
 from .ops import accuracy
 from .packed import Packed
+from .plan import Plan, plan
 from .registration import announce as _announce
 from .swap import dequantize, replace
 from .training import TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Evaluation", "Packed", "RealityStoneConfig", "Report", "TrainingReport", "accuracy",
-    "codec", "codecs", "compress", "coverage", "dequantize", "derivative", "evaluate", "finetune",
-    "from_pretrained", "kl_divergence", "load", "metrics", "nn", "optim", "perplexity",
-    "quantizers", "replace", "save",
+    "Codec", "Evaluation", "Packed", "Plan", "RealityStoneConfig", "Report", "TrainingReport",
+    "accuracy", "codec", "codecs", "compress", "coverage", "dequantize", "derivative", "evaluate",
+    "finetune", "from_pretrained", "kl_divergence", "load", "metrics", "nn", "optim", "perplexity",
+    "plan", "quantizers", "replace", "save",
 ]  # fmt: skip
 
 

@@ -303,6 +303,54 @@ def expert_stages(stage: Stage, name: str, experts: RBEExperts) -> Iterator[Stag
         yield Stage(name, _Expert(experts, number), calls)
 
 
+def hessians(
+    model: nn.Module, targets: Mapping[str, nn.Module], calls: Sequence[Call]
+) -> Iterator[tuple[list[str], Tensor | None]]:
+    """Groups of targets with their input's Hessian, in execution order; None where no call goes.
+
+    The caller may swap the layers of a group before it asks for the next one. Layers of experts
+    come each alone, on the tokens that reach their expert.
+    """
+    blocks = find_blocks(model, targets)
+    covered = {n for n in targets if any(inside(n, b) for b in blocks)}
+    for stage in stages(model, blocks, calls):
+        yield from _groups(model, stage, {n: targets[n] for n in covered if inside(n, stage.name)})
+    # Before or after the blocks: the rest of a model that is mostly blocks.
+    rest = {n: m for n, m in targets.items() if n not in covered}
+    yield from _groups(model, Stage("", model, list(calls)), rest)
+
+
+def _groups(
+    model: nn.Module, stage: Stage, targets: Mapping[str, nn.Module]
+) -> Iterator[tuple[list[str], Tensor | None]]:
+    units = _units(model, targets)
+    for group in execution_groups(stage, units) if units else ():
+        own = [name for name in group if name in targets]
+        if own:
+            yield own, input_hessian(stage, targets[own[0]])
+            if stage.name in own:  # a block that is itself a layer
+                stage.module = model.get_submodule(stage.name)
+        for name in group:
+            if name in targets:
+                continue
+            for number, expert in enumerate(expert_stages(stage, name, units[name])):
+                for matrix in units[name].matrices:
+                    one = f"{name}.{matrix}.{number}"
+                    if one in targets:
+                        yield [one], input_hessian(expert, targets[one])
+
+
+def _units(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets, experts of one mixture as one."""
+    units: dict[str, nn.Module] = {}
+    for name, module in targets.items():
+        owner = ".".join(name.split(".")[:-2])
+        mixture = model.get_submodule(owner)
+        together = isinstance(mixture, RBEExperts)
+        units[owner if together else name] = mixture if together else module
+    return units
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Eval mode without key-value caches, restored afterwards."""

@@ -55,15 +55,35 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _compress(args: argparse.Namespace) -> int:
-    from .jobs import Calibration, compress_directory
+def _calibration(args: argparse.Namespace):
+    from .jobs import Calibration
 
-    calibration = None
-    if args.calibration:
-        calibration = Calibration(args.calibration, args.samples, args.context, args.seed)
+    if not args.calibration:
+        return None
+    return Calibration(args.calibration, args.samples, args.context, args.seed)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .jobs import plan_directory
+
+    found = plan_directory(args.directory, args.bits, args.codec, _calibration(args), args.skip)
+    if args.out:
+        found.save(args.out)
+    if args.plot:
+        found.plot(args.plot)
+    _print(args, found.to_json(), lambda: str(found))
+    return 0
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from .jobs import compress_directory
+    from .plan import Plan
+
+    plan = Plan.load(args.plan) if args.plan else None
     report = compress_directory(
-        args.source, args.target, args.bits, args.codec, calibration, resume=args.resume
-    )
+        args.source, args.target, args.bits, args.codec, _calibration(args), plan=plan,
+        resume=args.resume,
+    )  # fmt: skip
     if report is not None:  # of several processes the first has it
         _print(args, report.to_json(), lambda: str(report))
     return 0
@@ -168,22 +188,44 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
+    def calibrated(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--calibration", metavar="FILE", help="text, plain or .xz: better at low bits"
+        )
+        one.add_argument("--samples", type=_count, default=128, help="windows (default 128)")
+        one.add_argument("--context", type=_count, default=256, help="tokens each (default 256)")
+        one.add_argument("--seed", type=int, default=5, help="of their choice (default 5)")
+
     verb("doctor", _doctor, "what is installed, which kernels run, and a self-test")
 
     one = verb("compress", _compress, "compress a Hugging Face language model")
     one.add_argument("source", metavar="IN", help="directory of the dense model")
     one.add_argument("target", metavar="OUT", help="directory to write")
-    one.add_argument("--bits", type=_positive, default=2.5, help="bits per weight (default 2.5)")
+    rate = one.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--bits", type=_positive, default=2.5,
+        help="bits per weight (default 2.5); between the codec's rates, planned layer by layer",
+    )  # fmt: skip
+    rate.add_argument("--plan", metavar="FILE", help="what `plan --out` wrote, instead of --bits")
     one.add_argument(
         "--codec", type=_codec, default="trellis",
         help='a name, used at --bits, or settings as in "uniform(bits=4, group=64)"',
     )  # fmt: skip
-    one.add_argument("--calibration", metavar="FILE", help="text, plain or .xz: better at low bits")
-    one.add_argument("--samples", type=_count, default=128, help="windows of text (default 128)")
-    one.add_argument("--context", type=_count, default=256, help="tokens a window (default 256)")
-    one.add_argument("--seed", type=int, default=5, help="of the choice of windows (default 5)")
-
+    calibrated(one)
     one.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+    one = verb("plan", _plan, "choose a rate for each layer, before compressing")
+    one.add_argument("directory", metavar="DIR", help="directory of the dense model")
+    one.add_argument("--bits", type=_positive, default=2.5, help="on average (default 2.5)")
+    one.add_argument(
+        "--codec", type=_codec, default="trellis", help="a name, or settings but for their bits"
+    )
+    one.add_argument(
+        "--skip", metavar="PATTERN", action="append", default=[], help="layers that stay dense"
+    )
+    calibrated(one)
+    one.add_argument("--out", metavar="FILE", help="write the plan as JSON, for `compress --plan`")
+    one.add_argument("--plot", metavar="FILE", help="write rates and loss as PNG, SVG or PDF")
 
     one = verb("decompress", _decompress, "write a compressed model as a dense one again")
     one.add_argument("source", metavar="IN", help="directory of the compressed model")

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import metrics
-from .blocks import (
-    Call,
-    Stage,
-    calls_from,
-    execution_groups,
-    expert_stages,
-    find_blocks,
-    inference,
-    input_hessian,
-    inside,
-    stages,
-    to_device,
-)
-from .codecs import Codec
-from .nn import Compressed, RBEExperts
+from .blocks import Call, calls_from, hessians, inference, to_device
+from .codecs import REGISTRY, Codec, Uniform
+from .layer_plan import Plan
+from .nn import Compressed
 from .nn.experts import unfused
 from .packed import storage_bits
+from .sensitivity import make_plan
 from .swap import tell
-from .targets import ASKED, ENOUGH, choose, kind_of, matrices, share, tied_heads
+from .targets import (
+    ASKED,
+    ENOUGH,
+    Choice,
+    choose,
+    kind_of,
+    matrices,
+    plannable,
+    share,
+    tied_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compress(
     calibration: Any = None,
     codec: str | Codec = "trellis",
     *,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
     tokenizer: Any = None,
     context: int = 256,
     batch: int = 16,
@@ -127,8 +127,10 @@ def compress(
 
     calibration: None (no error feedback), a tensor of inputs or token ids (n, length), a list of
         batches, or texts with `tokenizer` (cut into windows of `context` tokens).
-    codec: a name, used at `bits`, or a configured codec (then `bits` is not used).
-    plan: (name pattern, codec or None for dense) pairs, the first match wins over `codec`.
+    codec: a name, used at `bits`, or a configured codec (then `bits` is not used). At bits that the
+        codec has no setting for, each layer gets a rate of its own; see `plan`.
+    plan: a Plan, which says it all, or (name pattern, codec or None for dense) pairs, the first
+        match wins over `codec`.
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
@@ -143,7 +145,7 @@ def compress(
     calls = None if calibration is None else calls_from(calibration, batch, tokenizer, context)
     start = time.perf_counter()
     with unfused(model), inference(model):
-        choice = choose(model, bits, codec, plan, skip)
+        choice = _choice(model, bits, codec, plan, skip, calls, seed, progress)
         if "" in choice.codecs:
             raise ValueError(
                 "the model is itself the layer to compress: put it into a module first"
@@ -193,6 +195,35 @@ def cover(model: nn.Module, report: Report) -> None:
             f"{_listed(largest, 3)}",
             stacklevel=3,
         )
+
+
+def _choice(
+    model: nn.Module,
+    bits: float,
+    codec: str | Codec,
+    plan: Plan | Sequence[tuple[str, str | Codec | None]],
+    skip: Sequence[str],
+    calls: list[Call] | None,
+    seed: int,
+    progress: bool,
+) -> Choice:
+    """What is compressed how; planned here where the codec itself has no such rate."""
+    if isinstance(plan, Plan) or has_rate(codec, bits):
+        return choose(model, bits, codec, plan, skip)
+    names = plannable(model, plan, skip)
+    own = make_plan(model, names, bits, calls, codec, seed=seed, progress=progress)
+    return choose(model, bits, Uniform(), [*plan, *own.entries], skip)
+
+
+def has_rate(codec: str | Codec, bits: float) -> bool:
+    """Whether a codec can be used at `bits` for every layer; a configured one is as it is."""
+    if not isinstance(codec, str) or codec not in REGISTRY:
+        return True  # configured, or refused by name later
+    try:
+        REGISTRY[codec].at_bits(bits)
+    except ValueError:
+        return False
+    return True
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
@@ -285,48 +316,14 @@ class _Job:
 
 
 def _calibrated(job: _Job, names: Sequence[str], calls: list[Call]) -> None:
-    model = job.model
-    targets = {name: model.get_submodule(name) for name in names}
-    to_device(calls, next(model.parameters()).device)
-    blocks = find_blocks(model, targets)
-    covered = {n for n in targets if any(inside(n, b) for b in blocks)}
-    for stage in stages(model, blocks, calls):
-        _encode(job, stage, {n: targets[n] for n in covered if inside(n, stage.name)})
-    # Before or after the blocks: the rest of a model that is mostly blocks.
-    _encode(job, Stage("", model, calls), {n: m for n, m in targets.items() if n not in covered})
+    targets = {name: job.model.get_submodule(name) for name in names}
+    to_device(calls, next(job.model.parameters()).device)
+    for group, hessian in hessians(job.model, targets, calls):
+        for name in group:
+            job.replace(name, hessian, calibrated=True)
     if job.unreached:
         warnings.warn(
             f"no calibration input reaches {len(job.unreached)} of {len(targets)} layers, which "
             f"are encoded without it: {_listed(job.unreached)}",
             stacklevel=3,
         )
-
-
-def _encode(job: _Job, stage: Stage, targets: Mapping[str, nn.Module]) -> None:
-    """The targets of a stage, each on what those before it now put out."""
-    units = _units(job.model, targets)
-    for group in execution_groups(stage, units) if units else ():
-        first = next((n for n in group if n in targets), None)
-        hessian = None if first is None else input_hessian(stage, targets[first])
-        for name in group:
-            if name in targets:
-                job.replace(name, hessian, calibrated=True)
-                if name == stage.name:  # a block that is itself a layer
-                    stage.module = job.model.get_submodule(name)
-                continue
-            for number, expert in enumerate(expert_stages(stage, name, units[name])):
-                for matrix in units[name].matrices:
-                    own = f"{name}.{matrix}.{number}"
-                    if own in targets:
-                        job.replace(own, input_hessian(expert, targets[own]), calibrated=True)
-
-
-def _units(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The targets, experts of one mixture as one."""
-    units: dict[str, nn.Module] = {}
-    for name, module in targets.items():
-        owner = ".".join(name.split(".")[:-2])
-        mixture = model.get_submodule(owner)
-        together = isinstance(mixture, RBEExperts)
-        units[owner if together else name] = mixture if together else module
-    return units

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from . import checkpoint, hf
 from .codecs import Codec
-from .compress import Report, compress
+from .compress import Report, compress, has_rate
 from .evaluate import Evaluation, evaluate
 from .nn import lora
+from .plan import Plan
+from .plan import plan as plan_model
 from .streaming import compress_checkpoint
 from .training import TrainingReport, finetune
 from .training.resume import FILE as STATE
@@ -52,29 +55,58 @@ def compress_directory(
     codec: str | Codec = "trellis",
     calibration: Calibration | None = None,
     progress: bool = True,
+    plan: Plan | None = None,
     resume: bool = False,
 ) -> Report | None:
-    """Compress the model in `source` and save it as `target`; refuses early where it can.
+    """Compress the model in `source` and save it as `target`; refuses early where it can. A plan
+    stands for `bits` and `codec`.
 
     Without calibration tensor by tensor, resumable and shared by the processes of torchrun (see
-    streaming.compress_checkpoint); with it in memory.
+    streaming.compress_checkpoint); in memory with it, and where `bits` must be planned first.
     """
-    if calibration is None:
-        return compress_checkpoint(source, target, bits, codec, resume=resume, progress=progress)
+    if calibration is None and (plan is not None or has_rate(codec, bits)):
+        return compress_checkpoint(
+            source, target, bits, codec, plan=plan or (), resume=resume, progress=progress
+        )
     if resume:
         raise ValueError(
             "a run with calibration is not kept on the disk: resume is for one without"
+            if calibration is not None
+            else f"{codec} has no rate of {bits:g} bits: write a plan first, a run with one resumes"
         )
     checkpoint.check_target(target)
+    model, tokens = _dense(source, calibration)
+    seed = 0 if calibration is None else calibration.seed
+    report = compress(model, bits, tokens, codec, plan=plan or (), seed=seed, progress=progress)
+    checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
+    return report
+
+
+def plan_directory(
+    source: str | os.PathLike[str],
+    bits: float,
+    codec: str | Codec = "trellis",
+    calibration: Calibration | None = None,
+    skip: Sequence[str] = (),
+    progress: bool = True,
+) -> Plan:
+    """The plan of the dense model in `source`."""
+    model, tokens = _dense(source, calibration)
+    seed = 0 if calibration is None else calibration.seed
+    return plan_model(model, bits, tokens, codec, skip=skip, seed=seed, progress=progress)
+
+
+def _dense(
+    source: str | os.PathLike[str], calibration: Calibration | None
+) -> tuple[nn.Module, Tensor | None]:
+    """A dense model and its calibration windows."""
     if hf.is_packed(source):
         raise ValueError(f"{source}: this model is already compressed, start from the dense one")
     model = hf.from_pretrained(source)
-    tokenizer = hf.load_tokenizer(source)
-    tokens = hf.tokenize_file(tokenizer, calibration.file, pieces=PIECES)
-    windows = calibration.windows(_known(model, tokens, source))
-    report = compress(model, bits, windows, codec, seed=calibration.seed, progress=progress)
-    checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
-    return report
+    if calibration is None:
+        return model, None
+    tokens = hf.tokenize_file(hf.load_tokenizer(source), calibration.file, pieces=PIECES)
+    return model, calibration.windows(_known(model, tokens, source))
 
 
 @dataclass(frozen=True)

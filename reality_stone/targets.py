@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .codecs import REGISTRY, Codec
+from .codecs import REGISTRY, Codec, Uniform
 from .codecs import codec as make_codec
+from .layer_plan import Plan
 from .nn import KINDS, Compressed, RBEExperts
 
 SMALLEST = 4096  # weights; below this a layer stays dense
@@ -54,17 +55,21 @@ def choose(
     model: nn.Module,
     bits: float,
     codec: str | Codec,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
     skip: Sequence[str] = (),
 ) -> Choice:
     """Codecs in the order to encode: embeddings and norms before all others, which can then be
-    calibrated on what these give. Raises ValueError when nothing is left to compress."""
+    calibrated on what these give. Raises ValueError when nothing is left to compress, and on a
+    Plan that names layers of another model."""
+    every = sorted(candidates(model), key=lambda c: not c.kind.on_request)
+    if isinstance(plan, Plan):  # says it all
+        _check_patterns(plan, [c.name for c in every])
+        codec, plan, skip = Uniform(), [*plan.entries, ("*", None)], ()
     if isinstance(codec, str) and codec in REGISTRY:
         default = REGISTRY[codec].at_bits(bits)
     else:
         default = make_codec(codec)
     dense = _kept_dense(model)
-    every = sorted(candidates(model), key=lambda c: not c.kind.on_request)
     # A pattern such as "model.*" is about linear layers.
     ordinary = [c.name for c in every if not c.kind.on_request]
     special = [(pattern, one) for pattern, one in plan if not fnmatch.filter(ordinary, pattern)]
@@ -96,6 +101,21 @@ def choose(
     return found
 
 
+def _check_patterns(plan: Plan, names: Sequence[str]) -> None:
+    for pattern, _ in plan.entries:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"the plan names {pattern!r}, but the model has no such layer")
+
+
+def plannable(
+    model: nn.Module,
+    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    skip: Sequence[str] = (),
+) -> list[str]:
+    """The layers that get the usual codec: named by no plan, and not kept dense."""
+    return list(choose(model, 0, Uniform(), [(pattern, None) for pattern, _ in plan], skip).codecs)
+
+
 def tied_heads(model: nn.Module, chosen: Collection[str]) -> dict[str, list[str]]:
     """{embedding to be compressed: the linear layers with the same weight, not chosen alone}."""
     found = {}
@@ -105,17 +125,6 @@ def tied_heads(model: nn.Module, chosen: Collection[str]) -> dict[str, list[str]
             layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
             found[name] = [n for n, m in layers if n not in chosen and m.weight is module.weight]
     return found
-
-
-def choose_codecs(
-    model: nn.Module,
-    bits: float,
-    codec: str | Codec,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
-    skip: Sequence[str] = (),
-) -> dict[str, Codec]:
-    """The codec of each layer that is to be compressed. Raises ValueError when there is none."""
-    return choose(model, bits, codec, plan, skip).codecs
 
 
 def _kept_dense(model: nn.Module) -> dict[str, str]:

@@ -46,6 +46,47 @@ def one_sentence(err: str) -> str:
     return lines[0]
 
 
+def test_a_plan_is_printed_written_drawn_and_compressed_by(dense, run, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ("--calibration", dense / "text.txt", "--samples", 8, "--context", 16)
+    out, plot = tmp_path / "plan.json", tmp_path / "plan.png"
+    kind = ("--codec", "uniform", "--skip", "*.down_proj")
+    code, text, _ = run(
+        "plan", dense, "--bits", 2.6, *kind, *words, "--out", out, "--plot", plot
+    )  # fmt: skip
+    assert code == 0
+    assert "predicted loss" in text
+    assert "left dense: model.layers.0.mlp.down_proj" in text
+    assert plot.stat().st_size > 1000
+    code, text, _ = run("plan", dense, "--bits", 2.6, *kind, *words, "--json")
+    assert json.loads(text) == json.loads(out.read_text())
+    code, text, _ = run("compress", dense, tmp_path / "packed", "--plan", out, *words, "--json")
+    report, planned = json.loads(text), rs.Plan.load(out)
+    assert code == 0
+    assert report["bits_per_weight"] == pytest.approx(planned.bits_per_weight)
+    codecs = {layer["name"]: layer["codec"] for layer in report["layers"]}
+    assert codecs == {c.name: planned.codec_of(c.name).spec for c in planned.curves}
+    assert len(set(codecs.values())) > 1
+
+
+def test_compress_plans_by_itself_and_says_what_a_plan_cannot_be(dense, run, tmp_path):
+    code, text, _ = run(
+        "compress", dense, tmp_path / "a", "--bits", 2.6, "--codec", "uniform", "--json"
+    )
+    assert code == 0
+    assert len({layer["codec"] for layer in json.loads(text)["layers"]}) > 1
+    (tmp_path / "plan.json").write_text("{}")
+    both = ("--plan", tmp_path / "plan.json", "--bits", 3)
+    assert run("compress", dense, tmp_path / "b", *both)[0] == 2
+    code, _, err = run("compress", dense, tmp_path / "b", *both[:2])
+    assert code == 1
+    assert "this is not a plan: a plan must have entries" in one_sentence(err)
+    code, _, err = run("plan", dense, "--bits", 1)
+    assert code == 1
+    assert "bits must be between 1.5 and 16" in one_sentence(err)
+    assert not (tmp_path / "b").exists()
+
+
 def test_doctor_finds_everything_in_order(run):
     code, out, _ = run("doctor")
     assert code == 0

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import checkpoint, tensorfile
 from ..codecs import Codec
 from ..compress import LayerReport, Report
+from ..layer_plan import Plan
 from . import encoding, journal
 from .assembly import Assembly, remove
 from .journal import Journal, Record
@@ -69,7 +70,7 @@ def compress_checkpoint(
     bits: float = 2.5,
     codec: str | Codec = "trellis",
     *,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
     skip: Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,

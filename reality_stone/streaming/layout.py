@@ -17,6 +17,7 @@ from torch import nn
 from .. import checkpoint, shards, tensorfile
 from ..codecs import Codec
 from ..compress import Report, cover
+from ..layer_plan import Plan
 from ..nn import RBEExperts
 from ..nn.experts import unfused
 from ..swap import PlanEntry, replace
@@ -62,7 +63,7 @@ def plan_layout(
     directory: Path,
     bits: float,
     codec: str | Codec,
-    plan: Sequence[tuple[str, str | Codec | None]] = (),
+    plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
     skip: Sequence[str] = (),
 ) -> Layout:
     """Raises FileNotFoundError or ValueError in one sentence. Arguments as those of rs.compress."""

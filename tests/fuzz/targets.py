@@ -135,6 +135,25 @@ def codec(data: bytes, folder: Path) -> bool:
     return accepted(read)
 
 
+def plan(data: bytes, folder: Path) -> bool:
+    """Any bytes as a plan, its totals and its text."""
+    file = folder / "plan.json"
+    file.write_bytes(data)
+
+    def read() -> None:
+        found = rs.Plan.load(file)
+        str(found)
+        assert rs.Plan.from_json(found.to_json()) == found
+
+    return accepted(read)
+
+
+def _some_plan(_: Path) -> list[bytes]:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    found = rs.plan(model, 3.5, codec="uniform", rates=(3, 4, 16), skip=["1"], progress=False)
+    return [json.dumps(found.to_json()).encode()]
+
+
 _sound: dict[str, bytes] = {}
 
 
@@ -183,4 +202,5 @@ TARGETS = {
     "weights": Target(weights, _file(checkpoint.WEIGHTS)),
     "codes": Target(codes, _some_codes),
     "codec": Target(codec, lambda _: [REGISTRY[name]().spec.encode() for name in REGISTRY]),
+    "plan": Target(plan, _some_plan),
 }
