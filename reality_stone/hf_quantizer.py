@@ -1,6 +1,6 @@
 """The quantization method `reality_stone` of transformers: load packed, compress, save, train.
 
-Written for transformers 5.17 to 5.23. registration.py imports this when transformers is there.
+Written for transformers 5.17 to 5.23. registration.py imports this when transformers is there; importing it registers.
 """
 
 from __future__ import annotations
@@ -350,3 +350,6 @@ def _take_memory(layer: Compressed, moved: dict[torch.Tensor, torch.Tensor]) -> 
 
 def _offloaded(model: nn.Module) -> bool:
     return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+
+
+register()

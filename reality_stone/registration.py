@@ -53,4 +53,6 @@ def _register() -> None:
             stacklevel=2,
         )
     else:
-        hf_quantizer.register()
+        # Half-imported where it is itself what imports transformers; then it registers at its end.
+        if hasattr(hf_quantizer, "register"):
+            hf_quantizer.register()

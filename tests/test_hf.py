@@ -311,6 +311,24 @@ def test_the_config_class_is_there_by_name():
     assert "RealityStoneConfig" in rs.__all__
 
 
+@pytest.mark.parametrize(
+    "first", ["rs.RealityStoneConfig()", "import reality_stone.hf_quantizer", "rs.from_pretrained"]
+)
+def test_the_method_is_known_whatever_of_ours_is_touched_first(first):
+    program = f"""
+import reality_stone as rs
+{first}
+from transformers.quantizers import auto
+assert "reality_stone" in auto.AUTO_QUANTIZER_MAPPING
+assert "reality_stone" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+rs.RealityStoneConfig(bits=3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # --- damage ---
 
 
