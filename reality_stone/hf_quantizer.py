@@ -1,6 +1,7 @@
 """The quantization method `reality_stone` of transformers: load packed, compress, save, train.
 
-Written for transformers 5.17 to 5.23. registration.py imports this when transformers is there; importing it registers.
+Written for transformers 5.17 to 5.23. Importing it registers the method; registration.py does that
+when transformers is there.
 """
 
 from __future__ import annotations
