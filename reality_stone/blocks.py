@@ -8,7 +8,7 @@ outputs of those before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,29 @@ class Stage:
     calls: list[Call]
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once what was asked for has been seen."""
+
+
+class Walk:
+    """How a walk from block to block comes by what it needs: here all of the model is in memory."""
+
+    def block_calls(
+        self, model: nn.Module, names: Sequence[str], calls: Sequence[Call]
+    ) -> list[list[Call]] | None:
+        """See `block_calls`."""
+        return block_calls(model, names, calls)
+
+    def begin(self, hidden: list[Tensor]) -> int:
+        """The first block to visit; `hidden`, what reaches the very first, may be replaced."""
+        return 0
+
+    def block(self, name: str) -> AbstractContextManager[None]:
+        """Within, the block has its weights."""
+        return nullcontext()
+
+    def carried(self, done: int, hidden: Sequence[Tensor]) -> None:
+        """Told what comes out of the first `done` blocks, as the caller has changed them."""
 
 
 def calls_from(
@@ -125,26 +146,38 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]
 
 
 @torch.no_grad()
-def stages(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> Iterator[Stage]:
+def stages(
+    model: nn.Module, names: Sequence[str], calls: Sequence[Call], walk: Walk | None = None
+) -> Iterator[Stage]:
     """Each block in turn; the caller may change a block before it asks for the next one.
 
     One pass of the whole model collects the arguments of every block and checks that each block's
     first argument is the output of the one before; otherwise the model is treated as one block.
     """
-    blocks = [model.get_submodule(n) for n in names]
-    seen = _block_calls(model, blocks, calls) if names != [""] else None
+    walk = walk or Walk()
+    seen = walk.block_calls(model, names, calls) if names != [""] else None
     if seen is None:
         yield Stage("", model, list(calls))
         return
-    hidden = [per_block[0].args[0] for per_block in seen]
-    for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
-        current = [
-            Call((h, *per_block[i].args[1:]), per_block[i].kwargs, call.mask)
-            for h, per_block, call in zip(hidden, seen, calls, strict=True)
-        ]
-        yield Stage(name, block, current)
-        if i + 1 < len(blocks):
-            hidden = [first_output(call.on(block)) for call in current]
+    hidden = []
+    for per_block in seen:
+        first = per_block[0]
+        hidden.append(first.args[0])
+        first.args = (None, *first.args[1:])
+    for i in range(walk.begin(hidden), len(names)):
+        block = model.get_submodule(names[i])
+        with walk.block(names[i]):
+            current = [
+                Call((h, *per_block[i].args[1:]), per_block[i].kwargs, call.mask)
+                for h, per_block, call in zip(hidden, seen, calls, strict=True)
+            ]
+            yield Stage(names[i], block, current)
+            if i + 1 == len(names):
+                return
+            for j, call in enumerate(current):  # one is dropped as the next is made
+                hidden[j] = first_output(call.on(block))
+                call.args = (hidden[j], *call.args[1:])
+        walk.carried(i + 1, hidden)
 
 
 def first_output(output: Any) -> Tensor:
@@ -152,10 +185,15 @@ def first_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _block_calls(
-    model: nn.Module, blocks: Sequence[nn.Module], calls: Sequence[Call]
+@torch.no_grad()
+def block_calls(
+    model: nn.Module, names: Sequence[str], calls: Sequence[Call]
 ) -> list[list[Call]] | None:
-    """Arguments of every block for every call (hidden states of the first block only), or None."""
+    """Arguments of every block for every call (hidden states of the first block only).
+
+    None where the blocks do not pass hidden states from one to the next, and nothing between.
+    """
+    blocks = [model.get_submodule(n) for n in names]
     found: list[list[Call]] = []
     chained = True
     previous: Tensor | None = None
@@ -164,7 +202,7 @@ def _block_calls(
         nonlocal chained
         chained &= bool(args) and isinstance(args[0], Tensor)
         if not chained:
-            raise _Stop
+            raise Stop
         if found[-1]:
             chained &= previous is not None and args[0].data_ptr() == previous.data_ptr()
             found[-1].append(Call((None, *args[1:]), kwargs))
@@ -176,17 +214,17 @@ def _block_calls(
         if not isinstance(output, Tensor) and not (
             isinstance(output, tuple) and isinstance(output[0], Tensor)
         ):
-            raise _Stop
+            raise Stop
         previous = first_output(output)
         if module is blocks[-1]:
-            raise _Stop
+            raise Stop
 
     handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(leave) for b in blocks]
     try:
         for call in calls:
             found.append([])
-            with suppress(_Stop):
+            with suppress(Stop):
                 call.on(model)
             if not chained or len(found[-1]) != len(blocks):
                 return None
@@ -263,12 +301,12 @@ def arguments(stage: Stage, module: nn.Module) -> Iterator[tuple[Call, tuple[tup
 
     def enter(_, args, kwargs):
         seen.append((args, kwargs))
-        raise _Stop
+        raise Stop
 
     for call in stage.calls:
         handle = module.register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            with suppress(_Stop):
+            with suppress(Stop):
                 call.on(stage.module)
         finally:
             handle.remove()
@@ -304,7 +342,10 @@ def expert_stages(stage: Stage, name: str, experts: RBEExperts) -> Iterator[Stag
 
 
 def hessians(
-    model: nn.Module, targets: Mapping[str, nn.Module], calls: Sequence[Call]
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    calls: Sequence[Call],
+    walk: Walk | None = None,
 ) -> Iterator[tuple[list[str], Tensor | None]]:
     """Groups of targets with their input's Hessian, in execution order; None where no call goes.
 
@@ -313,7 +354,7 @@ def hessians(
     """
     blocks = find_blocks(model, targets)
     covered = {n for n in targets if any(inside(n, b) for b in blocks)}
-    for stage in stages(model, blocks, calls):
+    for stage in stages(model, blocks, calls, walk):
         yield from _groups(model, stage, {n: targets[n] for n in covered if inside(n, stage.name)})
     # Before or after the blocks: the rest of a model that is mostly blocks.
     rest = {n: m for n, m in targets.items() if n not in covered}

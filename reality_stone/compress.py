@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import metrics
-from .blocks import Call, calls_from, hessians, inference, to_device
+from .blocks import Call, Walk, calls_from, hessians, inference, to_device
 from .codecs import REGISTRY, Codec, Uniform
 from .layer_plan import Plan
 from .nn import Compressed
@@ -161,11 +161,9 @@ def compress(
         ) as bar:
             job = _Job(model, choice.codecs, seed, report, bar, heads)
             job.fit_common()
-            rest = list(choice.codecs)
-            while rest and (calls is None or kind_of(model.get_submodule(rest[0])).on_request):
-                job.replace(rest.pop(0), None)
             if calls is not None:
-                _calibrated(job, rest, calls)
+                to_device(calls, next(model.parameters()).device)
+            work(job, calls)
         cover(model, report)
     tell(model)
     report.seconds = time.perf_counter() - start
@@ -315,10 +313,18 @@ class _Job:
         self.bar.update()
 
 
-def _calibrated(job: _Job, names: Sequence[str], calls: list[Call]) -> None:
+def work(job: _Job, calls: list[Call] | None, walk: Walk | None = None) -> None:
+    """Encode every layer of the job, in the order of the model or, with calls, of execution."""
+    rest = list(job.chosen)
+    while rest and (calls is None or kind_of(job.model.get_submodule(rest[0])).on_request):
+        job.replace(rest.pop(0), None)
+    if calls is not None:
+        _calibrated(job, rest, calls, walk)
+
+
+def _calibrated(job: _Job, names: Sequence[str], calls: list[Call], walk: Walk | None) -> None:
     targets = {name: job.model.get_submodule(name) for name in names}
-    to_device(calls, next(job.model.parameters()).device)
-    for group, hessian in hessians(job.model, targets, calls):
+    for group, hessian in hessians(job.model, targets, calls, walk):
         for name in group:
             job.replace(name, hessian, calibrated=True)
     if job.unreached:

@@ -129,6 +129,16 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.tensor([token for ids in found for token in ids], dtype=torch.long)
 
 
+def check_tokens(model: nn.Module, tokens: Tensor, directory: str | os.PathLike[str]) -> Tensor:
+    """The tokens, if the model has a row for each; ValueError otherwise."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and int(tokens.max()) >= rows:
+        raise ValueError(
+            f"{directory}: the tokenizer gives token {int(tokens.max())}, the model knows {rows}"
+        )
+    return tokens
+
+
 def _class(transformers: ModuleType, config: dict[str, Any], directory: Path) -> Any:
     """The model class that a config names."""
     names = config.get("architectures")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .evaluate import Evaluation, evaluate
 from .nn import lora
 from .plan import Plan
 from .plan import plan as plan_model
-from .streaming import compress_checkpoint
+from .streaming import NeedsWholeModel, compress_checkpoint
 from .training import TrainingReport, finetune
 from .training.resume import FILE as STATE
 
@@ -61,22 +62,29 @@ def compress_directory(
     """Compress the model in `source` and save it as `target`; refuses early where it can. A plan
     stands for `bits` and `codec`.
 
-    Without calibration tensor by tensor, resumable and shared by the processes of torchrun (see
-    streaming.compress_checkpoint); in memory with it, and where `bits` must be planned first.
+    Tensor by tensor or, with calibration, block by block, and resumable (see
+    streaming.compress_checkpoint). In memory where `bits` must be planned first, and with a warning
+    where the model cannot run block by block.
     """
-    if calibration is None and (plan is not None or has_rate(codec, bits)):
-        return compress_checkpoint(
-            source, target, bits, codec, plan=plan or (), resume=resume, progress=progress
-        )
-    if resume:
+    seed = 0 if calibration is None else calibration.seed
+    if plan is not None or has_rate(codec, bits):
+        checkpoint.check_target(target)
+        tokens = None if calibration is None else _windows(source, calibration)
+        try:
+            return compress_checkpoint(
+                source, target, bits, codec, calibration=tokens, plan=plan or (), seed=seed,
+                resume=resume, progress=progress,
+            )  # fmt: skip
+        except NeedsWholeModel as reason:
+            if resume:
+                raise ValueError(f"{reason}; there is no run to go on with") from None
+            warnings.warn(str(reason), stacklevel=2)
+    elif resume:
         raise ValueError(
-            "a run with calibration is not kept on the disk: resume is for one without"
-            if calibration is not None
-            else f"{codec} has no rate of {bits:g} bits: write a plan first, a run with one resumes"
+            f"{codec} has no rate of {bits:g} bits: write a plan first, a run with one resumes"
         )
     checkpoint.check_target(target)
     model, tokens = _dense(source, calibration)
-    seed = 0 if calibration is None else calibration.seed
     report = compress(model, bits, tokens, codec, plan=plan or (), seed=seed, progress=progress)
     checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
     return report
@@ -100,13 +108,23 @@ def _dense(
     source: str | os.PathLike[str], calibration: Calibration | None
 ) -> tuple[nn.Module, Tensor | None]:
     """A dense model and its calibration windows."""
-    if hf.is_packed(source):
-        raise ValueError(f"{source}: this model is already compressed, start from the dense one")
+    _check_dense(source)
     model = hf.from_pretrained(source)
     if calibration is None:
         return model, None
+    return model, hf.check_tokens(model, _windows(source, calibration), source)
+
+
+def _windows(source: str | os.PathLike[str], calibration: Calibration) -> Tensor:
+    """Calibration windows, by the tokenizer of a dense model's directory."""
+    _check_dense(source)
     tokens = hf.tokenize_file(hf.load_tokenizer(source), calibration.file, pieces=PIECES)
-    return model, calibration.windows(_known(model, tokens, source))
+    return calibration.windows(tokens)
+
+
+def _check_dense(source: str | os.PathLike[str]) -> None:
+    if hf.is_packed(source):
+        raise ValueError(f"{source}: this model is already compressed, start from the dense one")
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,7 @@ def evaluate_directory(
         raise ValueError(f"{text}: {ids.numel()} tokens are less than one window of {context}")
     for one, name in ((model, directory), (dense, reference)):
         if one is not None:
-            _known(one, ids, name)
+            hf.check_tokens(one, ids, name)
     found = evaluate(model, ids, context, reference=dense, progress=progress)
     return DirectoryEvaluation(found, str(text), used)
 
@@ -210,16 +228,16 @@ def finetune_directory(
         raise ValueError(f"{directory}: this model has adapters; train it in mode 'lora'")
     tokenizer = hf.load_tokenizer(directory)
     tokens = hf.tokenize_file(tokenizer, text.file, pieces=PIECES)
-    batches = text.windows(_known(model, tokens, directory))
+    batches = text.windows(hf.check_tokens(model, tokens, directory))
     judged = None
     if judge is not None:
         ids = hf.tokenize_file(tokenizer, judge.file, tokens=judge.tokens)
-        judged = _known(model, ids, directory)
+        judged = hf.check_tokens(model, ids, directory)
         if judged.numel() < text.context:
             raise ValueError(f"{judge.file}: this is less than one window of {text.context} tokens")
     dense = None if teacher is None else hf.from_pretrained(teacher)
     if dense is not None:
-        _known(dense, batches, teacher)
+        hf.check_tokens(dense, batches, teacher)
 
     def measure() -> Evaluation | None:
         if judged is None:
@@ -247,13 +265,3 @@ def _save(model: nn.Module, target: Path, source: str | os.PathLike[str], state:
     (state / STATE).unlink(missing_ok=True)
     if not any(state.iterdir()):
         state.rmdir()
-
-
-def _known(model: nn.Module, tokens: Tensor, directory: str | os.PathLike[str] | None) -> Tensor:
-    """The tokens, if the model has a row for each."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokens.numel() and int(tokens.max()) >= rows:
-        raise ValueError(
-            f"{directory}: the tokenizer gives token {int(tokens.max())}, the model knows {rows}"
-        )
-    return tokens

@@ -77,8 +77,12 @@ class Compressed(nn.Module):
     ) -> Compressed:
         """Compress a dense module; options: those of `Codec.encode`."""
         weight = cls.dense_weight(module)
-        packed = codec.encode(weight, hessian, **options).to(weight.device)
-        layer = cls.blank(module, codec).to_empty(device=weight.device)
+        return cls.in_place_of(module, codec.encode(weight, hessian, **options).to(weight.device))
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module, packed: Packed) -> Compressed:
+        """The layer with these codes that stands for a dense module."""
+        layer = cls.blank(module, packed.codec).to_empty(device=packed.codes.device)
         layer.set_packed(packed)
         if "bias" in cls.kept and layer.bias is not None:
             layer.bias = nn.Parameter(module.bias.detach().clone())

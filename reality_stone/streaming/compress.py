@@ -1,4 +1,4 @@
-"""Compressing a model directory tensor by tensor, in memory of about its largest tensor."""
+"""Compressing a model directory in memory of about its largest tensor, or block."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import checkpoint, tensorfile
@@ -20,6 +21,7 @@ from ..compress import LayerReport, Report
 from ..layer_plan import Plan
 from . import encoding, journal
 from .assembly import Assembly, remove
+from .calibrated import Calibrated
 from .journal import Journal, Record
 from .layout import Layout, plan_layout
 from .team import Team, team
@@ -33,13 +35,16 @@ class Run:
     target: Path
     layout: Layout
     seed: int
+    calibrated: Calibrated | None = None
 
     @property
     def place(self) -> Path:
         return self.target.with_name(f"{self.target.name}.partial")
 
     def settings(self) -> dict[str, Any]:
-        return {"seed": self.seed, **self.layout.quantization}
+        """What the codes follow from, besides source and plan."""
+        own = {"seed": self.seed}
+        return own if self.calibrated is None else own | {"calibration": self.calibrated.digest}
 
     def files(self) -> list[dict[str, Any]]:
         """Name, size and sha256 of the header of each file of the source."""
@@ -55,7 +60,7 @@ class Run:
         config = (self.source / checkpoint.CONFIG).read_bytes()
         return {
             "version": journal.VERSION,
-            "settings": self.settings(),
+            "settings": self.settings() | self.layout.quantization,
             "source": {
                 "files": self.files(),
                 "written": [path.stat().st_mtime_ns for path in paths],
@@ -70,7 +75,9 @@ def compress_checkpoint(
     bits: float = 2.5,
     codec: str | Codec = "trellis",
     *,
+    calibration: Tensor | None = None,
     plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
+    batch: int = 16,
     skip: Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
@@ -78,9 +85,12 @@ def compress_checkpoint(
 ) -> Report | None:
     """Compress the dense model in `source` to the directory `target`; codes as rs.compress's.
 
-    Without calibration; arguments as there. What is done is kept in target + ".partial" until all
-    is: after an interrupt or a full disk, a call with `resume` goes on, and ends in the same bytes.
-    Under torchrun the processes share the work; the report is None but on rank 0.
+    Arguments as there; calibration is None or token ids (n, length). With it the model runs block
+    by block, in memory of one dense block, the hidden states of all tokens, and the second moments
+    of a layer's input; NeedsWholeModel, a ValueError, where it cannot.
+    What is done is kept in target + ".partial" until all is: after an interrupt or a full disk, a
+    call with `resume` goes on, and ends in the same bytes. Under torchrun the processes share the
+    work, without calibration; the report is None but on rank 0.
     Raises FileNotFoundError or ValueError in one sentence, OSError where the disk does not take it.
     """
     with team() as group:
@@ -90,9 +100,16 @@ def compress_checkpoint(
                 if not group.leads:  # what is worth a warning is said once
                     warnings.simplefilter("ignore")
                 goal = checkpoint.check_target(target)
-                return Run(
-                    Path(source), goal, plan_layout(Path(source), bits, codec, plan, skip), seed
-                )
+                if calibration is not None and group.size > 1:
+                    raise ValueError(
+                        "calibration takes the blocks one after the other: start one process "
+                        "instead of torchrun's several"
+                    )
+                layout = plan_layout(Path(source), bits, codec, plan, skip)
+                if calibration is None:
+                    return Run(Path(source), goal, layout, seed)
+                calibrated = Calibrated.prepare(layout, calibration, batch)
+                return Run(Path(source), goal, layout, seed, calibrated)
 
         run = group.each(prepare)
         with _told(run), ExitStack() as stack:
@@ -110,7 +127,11 @@ def _work(run: Run, group: Team, resume: bool, progress: bool, stack: ExitStack)
         disable=None if progress and group.leads else True,
     )  # fmt: skip
     with bar:
-        group.each(lambda: _encode(run, kept, assembly, group, bar))
+        if run.calibrated is None:
+            group.each(lambda: _encode(run, kept, assembly, group, bar))
+        else:
+            tables = _tables(run)
+            run.calibrated.encode(kept, assembly.shard_of, tables, run.seed, bar)
         if not group.leads:
             return None
         records = kept.read()
@@ -139,7 +160,7 @@ def _encode(run: Run, kept: Journal, assembly: Assembly, group: Team, bar: tqdm)
     """This rank's share of the layers that are not yet kept."""
     targets = run.layout.targets
     done = kept.read()
-    tables = encoding.given_tables(targets, journal.kept_common(run.place) or {})
+    tables = _tables(run)
     left = [t for t in targets if t.entry.name not in done]
     bar.update(len(done))
     for i in group.share([t.entry.shape[0] * t.entry.shape[1] for t in left]):
@@ -154,13 +175,17 @@ def _encode(run: Run, kept: Journal, assembly: Assembly, group: Team, bar: tqdm)
         bar.update()
 
 
+def _tables(run: Run) -> dict[Codec, dict[str, Tensor]]:
+    return encoding.given_tables(run.layout.targets, journal.kept_common(run.place) or {})
+
+
 def _manifest(run: Run) -> dict[str, Any]:
     from .. import __version__
 
     layout = run.layout
     return {
         "version": journal.VERSION, "written_by": f"reality-stone {__version__}",
-        "source": run.files(), "settings": {"seed": run.seed},
+        "source": run.files(), "settings": run.settings(),
         "left_dense": sorted(layout.report.skipped), "left_out": layout.left_out,
     }  # fmt: skip
 
@@ -182,8 +207,8 @@ def _report(layout: Layout, records: Mapping[str, Record], seconds: float) -> Re
         weights = max(1, entry.shape[0] * entry.shape[1])
         report.layers.append(
             LayerReport(
-                entry.name, entry.shape, entry.codec.spec, bits / weights, record.error, None,
-                record.seconds,
+                entry.name, entry.shape, entry.codec.spec, bits / weights, record.error,
+                record.hessian_error, record.seconds,
             )
         )  # fmt: skip
     return report

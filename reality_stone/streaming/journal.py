@@ -5,6 +5,7 @@ The directory OUT.partial holds
   common.safetensors  tables that layers share, where the codecs have such
   RANK.jsonl          a line for each encoded layer, written once its bytes are on the disk
   SHARD-RANK.bin      those bytes, back to back
+  hidden.safetensors  with calibration: the hidden states after the last block that is done
   shards.jsonl        a line for each shard of the result that is complete
   out/                the result, without shards that are not complete
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..tensorfile import Entry
 
 VERSION = 1
 JOB, COMMON, SHARDS, OUT = "job.json", "common.safetensors", "shards.jsonl", "out"
+HIDDEN = "hidden.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Record:
     digests: dict[str, str]
     error: float
     seconds: float
+    hessian_error: float | None = None  # in the metric of the input, where that is known
 
     @property
     def bits(self) -> int:
@@ -60,7 +63,7 @@ class Record:
         }
         return {
             "layer": self.layer, "shard": self.shard, "tensors": tensors, "error": self.error,
-            "seconds": self.seconds,
+            "seconds": self.seconds, "hessian_error": self.hessian_error,
         }  # fmt: skip
 
 
@@ -109,7 +112,15 @@ class Journal:
         self.directory, self.plan, self.rank = directory, plan, rank
         self.path = directory / f"{rank:05d}.jsonl"
 
-    def add(self, packed: Packed, layer: str, shard: int, error: float, seconds: float) -> Record:
+    def add(
+        self,
+        packed: Packed,
+        layer: str,
+        shard: int,
+        error: float,
+        seconds: float,
+        hessian_error: float | None = None,
+    ) -> Record:
         """Keep a layer; once this returns, no kill takes it away."""
         part = self.directory / f"{shard:05d}-{self.rank:05d}.bin"
         prefix = self.plan[layer].prefix
@@ -125,13 +136,27 @@ class Journal:
                 entries[name] = Entry(name, value.dtype, tuple(value.shape), at, end, part)
                 digests[name] = hashlib.sha256(data).hexdigest()
             sync(file)
-        record = Record(layer, shard, entries, digests, error, seconds)
+        record = Record(layer, shard, entries, digests, error, seconds, hessian_error)
         append_line(self.path, record.to_json())
         return record
 
     def read(self) -> dict[str, Record]:
         """Every layer that is kept."""
         return {record.layer: record for path in self._paths() for record in self._records(path)}
+
+    def load(self, record: Record) -> Packed | None:
+        """What was kept; None where its bytes are damaged or, of a complete shard, gone."""
+        if not _is_whole(record):
+            return None
+        entry = self.plan[record.layer]
+        values: dict[str, Tensor] = {}
+        for name, place in record.tensors.items():
+            data = bytearray().join(tensorfile.read_chunks(place))
+            values[name.removeprefix(entry.prefix)] = tensorfile.as_tensor(
+                data, place.dtype, place.shape
+            )
+        codes = values.pop("codes")
+        return Packed(entry.codec, entry.shape, codes, values)
 
     def repair(self, complete: Container[int]) -> None:
         """Check every byte, and forget what is not whole or was never recorded.
@@ -173,8 +198,9 @@ class Journal:
             if sizes:
                 return None
             return Record(
-                entry.name, value["shard"], entries, digests, value["error"], value["seconds"]
-            )
+                entry.name, value["shard"], entries, digests, value["error"], value["seconds"],
+                value.get("hessian_error"),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -191,6 +217,25 @@ def kept_common(directory: Path) -> dict[str, Tensor] | None:
         return None
     header = tensorfile.read_header(directory / COMMON)
     return {name: tensorfile.read_tensor(header, e) for name, e in header.entries.items()}
+
+
+def keep_hidden(directory: Path, done: int, hidden: Sequence[Tensor]) -> None:
+    """Keep what comes out of the first `done` blocks in place of what was kept before."""
+    part = directory / f"{HIDDEN}.tmp"
+    tensors = {f"{i:06d}": value for i, value in enumerate(hidden)}
+    tensorfile.write(part, tensors, {"blocks": str(done)})
+    settle(part, directory / HIDDEN)
+
+
+def kept_hidden(directory: Path) -> tuple[int, list[Tensor]]:
+    """(blocks done, hidden states) as kept; no block is where there is nothing that is whole."""
+    try:
+        header = tensorfile.read_header(directory / HIDDEN)
+        done = int(header.metadata["blocks"])
+        names = sorted(header.entries)
+        return done, [tensorfile.read_tensor(header, header.entries[name]) for name in names]
+    except (OSError, ValueError, KeyError):
+        return 0, []
 
 
 def _is_whole(record: Record) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,39 @@ def model_on_meta(config: Mapping[str, Any]) -> tuple[nn.Module | None, str]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, f"transformers cannot build the model of config.json ({first:.300})"
     return model.eval(), ""
+
+
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """The transformers model of a configuration in float32; parameters have no data, buffers do.
+
+    So it can run once its parameters are put in. Raises what transformers raises.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    kind = _class_of(transformers, config)
+    known = transformers.AutoConfig.for_model(**config)
+    with no_init_weights(), _parameters_on_meta():
+        model = getattr(kind, "_from_config", kind)(known, dtype=torch.float32)
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, modules drop the data of a parameter as they get it; one for two stays one."""
+    real = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if value is not None and not value.is_meta:
+            value = nn.Parameter(value.to("meta"), value.requires_grad)
+        real(module, name, value)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = real
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Callable[[Any], nn.Module]:
