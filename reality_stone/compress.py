@@ -331,5 +331,5 @@ def _calibrated(job: _Job, names: Sequence[str], calls: list[Call], walk: Walk |
         warnings.warn(
             f"no calibration input reaches {len(job.unreached)} of {len(targets)} layers, which "
             f"are encoded without it: {_listed(job.unreached)}",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,6 +1,6 @@
 """Kill compressions at random moments and go on: a program, so that it can fork before any thread.
 
-    python tests/kills.py SOURCE DIRECTORY --times 20 --steps 10 [--codec uniform]
+    python tests/kills.py SOURCE DIRECTORY --times 20 --steps 10 [--codec uniform] [--windows 8]
 
 Prints a JSON list with one object for each kill: what was kept when it came, and the names of files
 that differ in the end from those of a run that nobody killed.
@@ -17,6 +17,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from reality_stone.streaming import compress_checkpoint, journal
 
@@ -80,13 +82,20 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--codec", default="uniform(bits=4, group=16)")
+    parser.add_argument("--windows", type=int, default=0, help="of calibration, 12 tokens each")
     args = parser.parse_args()
+    tokens = None
+    if args.windows:
+        from transformers import LlamaForCausalLM  # noqa: F401  once, before any fork
+
+        tokens = torch.arange(args.windows * 12).view(-1, 12) * 7 % 61
     rng = random.Random(0)
 
     def run(target: Path, resume: bool) -> Callable[[], object]:
         return lambda: compress_checkpoint(
-            args.source, target, codec=args.codec, resume=resume, progress=False
-        )
+            args.source, target, codec=args.codec, calibration=tokens, batch=4, resume=resume,
+            progress=False,
+        )  # fmt: skip
 
     whole = args.directory / "whole"
     took = []

@@ -12,6 +12,7 @@ import torch
 import reality_stone as rs
 from reality_stone import bench, cli, compare, jobs, tensorfile
 from reality_stone.codecs import REGISTRY, codec
+from reality_stone.streaming import journal
 
 
 @pytest.fixture(scope="module")
@@ -338,11 +339,13 @@ def test_a_damaged_checkpoint_fails_eval_in_one_sentence(run, dense, packed, tmp
     assert "cut off" in one_sentence(err)
 
 
-def test_an_interrupt_gives_130_and_leaves_nothing(run, dense, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
-    argv = ("compress", dense, tmp_path / "o", "--codec", "uniform(bits=4, group=16)")
+
+def test_an_interrupt_gives_130_and_leaves_nothing(run, dense, tmp_path, monkeypatch):
+    # A rate that is planned first, so that all is done in memory.
+    argv = ("compress", dense, tmp_path / "o", "--codec", "uniform", "--bits", "3.5")
     text = ("--calibration", dense / "text.txt", "--samples", "4", "--context", "32")
     for module, name in ((jobs, "compress"), (tensorfile, "write")):
         with monkeypatch.context() as patch:
@@ -352,6 +355,25 @@ def test_an_interrupt_gives_130_and_leaves_nothing(run, dense, tmp_path, monkeyp
         assert not out
         assert err.strip() == "reality-stone: interrupted"
         assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_with_calibration_goes_on(run, dense, tmp_path, monkeypatch):
+    argv = ("compress", dense, tmp_path / "o", "--codec", "uniform(bits=4, group=16)")
+    text = ("--calibration", dense / "text.txt", "--samples", "4", "--context", "32")
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "keep_hidden", interrupted)
+        code, out, err = run(*argv, *text)
+    assert code == 130
+    assert not out
+    assert "o.partial; the same call with --resume goes on" in err
+    assert run(*argv)[0] == 1
+    assert run(*argv, "--resume")[0] == 1  # that was another run
+    code, _, err = run(*argv, *text, "--resume")
+    assert code == 0, err
+    code, _, err = run("compress", dense, tmp_path / "whole", *argv[3:], *text)
+    assert code == 0, err
+    found = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    assert found == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
 
 
 def test_a_missing_package_gives_the_line_to_type(run, dense, monkeypatch):
