@@ -76,6 +76,8 @@ def compress_directory(
                 resume=resume, progress=progress,
             )  # fmt: skip
         except NeedsWholeModel as reason:
+            if calibration is None:
+                raise
             if resume:
                 raise ValueError(f"{reason}; there is no run to go on with") from None
             warnings.warn(str(reason), stacklevel=2)

@@ -9,7 +9,7 @@ known. That is right where those do not depend on what the blocks compute, which
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,91 +22,15 @@ from .. import blocks, hf, tensorfile
 from ..blocks import Call, calls_from, find_blocks, inference, inside
 from ..codecs import Codec
 from ..compress import LayerReport, Report, _Job, work
-from ..nn import Compressed
 from ..nn.experts import unfused
 from ..targets import kind_of
 from . import journal, naming
 from .journal import Journal, Record
-from .layout import Layout
-from .recipes import Recipe
-
-
-class NeedsWholeModel(ValueError):
-    """The model cannot run block by block; the message says why."""
-
+from .layout import Layout, NeedsWholeModel
+from .weights import Weights
 
 # What a model raises that is asked for data it does not have, or run with other than its blocks.
 WRONG = (RuntimeError, TypeError, AttributeError, LookupError)
-
-
-class Weights:
-    """A model without data that gets that of its modules from recipes, and loses it again."""
-
-    def __init__(self, model: nn.Module, recipes: Mapping[str, Recipe]):
-        self.model, self.recipes = model, recipes
-        self._filled: dict[tuple[nn.Module, str], None] = {}
-
-    def fill(self, module: nn.Module, path: str, recurse: bool = True) -> None:
-        every = module.named_modules(prefix=path, remove_duplicate=False)
-        for name, one in every if recurse else [(path, module)]:
-            for places in (one._parameters, one._buffers):
-                for own, tensor in places.items():
-                    recipe = self.recipes.get(f"{name}.{own}" if name else own)
-                    if tensor is None or recipe is None or (one, own) in self._filled:
-                        continue
-                    value = recipe.read().to(tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    places[own] = nn.Parameter(value, False) if is_parameter else value
-                    self._filled[one, own] = None
-
-    def drop(self, modules: Collection[nn.Module]) -> None:
-        """Take the data away from those of these modules that were filled."""
-        for module, own in [one for one in self._filled if one[0] in modules]:
-            _without_data(module, own)
-            del self._filled[module, own]
-
-    @contextmanager
-    def block(self, name: str) -> Iterator[None]:
-        """Within, a block has its weights."""
-        block = self.model.get_submodule(name)
-        dense = set(block.modules())
-        self.fill(block, name)
-        try:
-            yield
-        finally:
-            self.drop(dense)
-            for module in block.modules():
-                if isinstance(module, Compressed):
-                    for own in [*module._parameters, *module._buffers]:
-                        _without_data(module, own)
-
-    @contextmanager
-    def around(self, names: Sequence[str]) -> Iterator[None]:
-        """Within, modules outside the blocks get their weights when they are called."""
-
-        def enter(name: str) -> Callable[..., None]:
-            return lambda module, args: self.fill(module, name, recurse=False)
-
-        outside = {
-            module: name
-            for name, module in self.model.named_modules()
-            if not any(inside(name, block) for block in names)
-        }
-        handles = [m.register_forward_pre_hook(enter(name)) for m, name in outside.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.drop(outside)
-
-
-def _without_data(module: nn.Module, own: str) -> None:
-    places = module._parameters if own in module._parameters else module._buffers
-    tensor = places[own]
-    if tensor is not None:
-        empty = torch.empty_like(tensor, device="meta")
-        places[own] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 @dataclass

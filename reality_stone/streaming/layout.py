@@ -27,6 +27,10 @@ from . import naming
 from .recipes import Recipe
 
 
+class NeedsWholeModel(ValueError):
+    """What is asked for can be done in memory only; the message says why."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A matrix to encode; `index` counts them in the order of the model."""
@@ -91,7 +95,7 @@ def plan_layout(
         choice = choose(model, bits, codec, plan, skip)
         tied = [heads for heads in tied_heads(model, choice.codecs).values() if heads]
         if tied:
-            raise ValueError(
+            raise NeedsWholeModel(
                 f"{directory}: the plan names an embedding that {tied[0][0]!r} is tied to: both "
                 "are compressed together only in memory, by reality_stone.compress"
             )
@@ -178,7 +182,9 @@ def _target(
         weight = weight.swapped()
     shape = tuple(kind.dense_weight(module).shape)
     if weight.shape != shape or len(shape) != 2:
-        raise ValueError(f"layer {name!r} ({type(module).__name__}) can be encoded in memory only")
+        raise NeedsWholeModel(
+            f"layer {name!r} ({type(module).__name__}) can be encoded in memory only"
+        )
     if not weight.dtype.is_floating_point:
         raise ValueError(
             f"{weight.shard}: tensor {weight.parts[0].name!r} is {weight.dtype}, "
