@@ -338,7 +338,7 @@ def _calibrated(job: _Job, names: Sequence[str], calls: list[Call], curvature: b
     side = _output_side(job, targets, calls) if curvature else None
     for group, hessian in hessians(job.model, targets, calls):
         for name in group:
-            outputs = None if side is None else side.take(name)
+            outputs = None if side is None or hessian is None else side.take(name)
             job.replace(name, hessian, outputs, calibrated=True)
     if job.unreached:
         warnings.warn(
