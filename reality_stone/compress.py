@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import metrics
 from .blocks import Call, calls_from, hessians, inference, to_device
 from .codecs import REGISTRY, Codec, Uniform
-from .curvature import OutputSide
+from .curvature import OutputSide, check_language, some_rows
 from .layer_plan import Plan
 from .nn import Compressed, RBEExperts
 from .nn.experts import unfused
@@ -136,8 +136,9 @@ def compress(
     plan: a Plan, which says it all, or (name pattern, codec or None for dense) pairs, the first
         match wins over `codec`.
     curvature: weigh errors by what they cost a language model's likelihood too, measured at the
-        outputs of layers (see curvature.py); needs calibration. Layers of more than 4,096 outputs
-        and of experts are encoded without.
+        outputs of layers (see curvature.py) but of experts and those with more than 4,096; needs
+        calibration. Holds up to 1 GiB of moments, and what one row's backward pass keeps; each GiB
+        is a pass forward and backward over 16,384 tokens.
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
@@ -154,6 +155,9 @@ def compress(
     calls = None if calibration is None else calls_from(calibration, batch, tokenizer, context)
     start = time.perf_counter()
     with unfused(model), inference(model):
+        if curvature:
+            to_device(calls, next(model.parameters()).device)
+            check_language(model, some_rows(calls, 1)[0])
         choice = _choice(model, bits, codec, plan, skip, calls, seed, progress)
         if "" in choice.codecs:
             raise ValueError(

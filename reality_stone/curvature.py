@@ -91,19 +91,11 @@ class OutputSide:
         seed: int = 0,
         progress: bool = True,
     ):
-        """outputs: of each layer; those with more than 4096 are left out. ValueError where the
-        model is no language model."""
+        """outputs: how many each layer has; those with more than 4096 are left out."""
         self.model, self.seed, self.progress = model, seed, progress
         self.waiting = {name: n for name, n in outputs.items() if n <= LARGEST}
         self.found: dict[str, Tensor] = {}
         self.calls = some_rows(calls, POSITIONS)
-        with torch.no_grad(), inference(model):
-            language = is_language(self.calls[0], self.calls[0].on(model))
-        if not language:
-            raise ValueError(
-                "curvature is of a language model's likelihood: this model gives neither `logits` "
-                "nor, from token ids, a tensor of them"
-            )
 
     def take(self, name: str) -> Tensor | None:
         """The moment (out, out) of this layer, once; None where there is none."""
@@ -165,6 +157,17 @@ def is_language(call: Call, output: object) -> bool:
     return hasattr(output, "logits") or (isinstance(output, Tensor) and bool(tokens))
 
 
+@torch.no_grad()
+def check_language(model: nn.Module, call: Call) -> None:
+    """ValueError where the model is no language model."""
+    with inference(model):
+        if not is_language(call, call.on(model)):
+            raise ValueError(
+                "curvature is of a language model's likelihood: this model gives neither `logits` "
+                "nor, from token ids, a tensor of them"
+            )
+
+
 def _backward(
     model: nn.Module,
     calls: Sequence[Call],
@@ -199,7 +202,8 @@ def _label_surprise(
 ) -> tuple[Tensor, int]:
     """Summed -log p of labels that the model itself draws, and their number."""
     log_p = not_padding(getattr(out, "logits", out), mask).float().log_softmax(-1)
-    labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+    p = log_p.detach().exp().nan_to_num(1.0)  # a NaN goes on through the gradient
+    labels = torch.multinomial(p.cpu(), 1, generator=generator)
     return -log_p.gather(-1, labels.to(log_p.device)).sum(), log_p.shape[0]
 
 

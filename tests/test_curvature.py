@@ -103,7 +103,8 @@ def test_results_are_the_same_on_any_number_of_threads(model):
     try:
         for threads, one in ((1, model), (2, other)):
             torch.set_num_threads(threads)
-            rs.compress(one, **OPTIONS, curvature=True)
+            few = OPTIONS | {"calibration": TOKENS[:8], "skip": ["head", "blocks.1.*"]}
+            rs.compress(one, **few, curvature=True)
     finally:
         torch.set_num_threads(before)
     again = codes(other)
@@ -191,7 +192,10 @@ def test_padding_is_no_part_of_the_curvature(model):
     found = output_curvature(model, [Call((tokens[:, :20],))], ["blocks.0.up"], progress=False)
     mask = torch.zeros(16, 32, dtype=torch.bool)
     mask[:, :20] = True
-    masked = output_curvature(model, [Call((tokens,), {}, mask)], ["blocks.0.up"], progress=False)
+    nothing = Call((tokens[:1],), {}, torch.zeros(1, 32, dtype=torch.bool))
+    masked = output_curvature(
+        model, [nothing, Call((tokens,), {}, mask)], ["blocks.0.up"], progress=False
+    )
     # The same labels are drawn; sums over other batches round differently.
     assert torch.allclose(found["blocks.0.up"], masked["blocks.0.up"], rtol=1e-4, atol=1e-7)
 
@@ -201,9 +205,26 @@ def test_what_has_no_likelihood_is_refused_before_anything_changes(model):
     with pytest.raises(ValueError, match="curvature is of a language model's likelihood"):
         rs.compress(net, calibration=torch.randn(64, 64), curvature=True, progress=False)
     assert isinstance(net[0], nn.Linear)
+
+    class Encoder(Next):
+        def forward(self, tokens):
+            return (super().forward(tokens),)
+
+    encoder = Encoder()
+    with pytest.raises(ValueError, match="curvature is of a language model's likelihood"):
+        rs.compress(encoder, **OPTIONS, plan=[("embed", CODEC)], curvature=True)
+    assert isinstance(encoder.embed, nn.Embedding)
     with pytest.raises(ValueError, match="calibration data"):
         rs.compress(model, curvature=True, progress=False)
     assert not codes(model)
+
+
+def test_logits_that_are_no_numbers_warn_by_layer_and_still_encode(model):
+    with torch.no_grad():
+        model.head.weight[3, 5] = torch.nan
+    with pytest.warns(UserWarning, match=r"blocks\.0\.up, output side: the Hessian holds values"):
+        rs.compress(model, **OPTIONS, curvature=True)
+    assert len(codes(model)) == 4
 
 
 @pytest.mark.parametrize("what", ["encoding", "measuring"])
