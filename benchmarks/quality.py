@@ -135,7 +135,9 @@ def main() -> None:
             print(f"    {text:56}             perplexity {found.perplexity:7.3f}            "
                   f"KL {found.kl:.5f}", flush=True)  # fmt: skip
 
-    def calibrated(curvature: bool, bits: float = 2.5, codec: str = "trellis"):
+    def calibrated(
+        curvature: bool, bits: float = 2.5, codec: str = "trellis"
+    ) -> Callable[[nn.Module], float]:
         def run(model: nn.Module) -> float:
             report = rs.compress(model, bits, windows, codec, curvature=curvature)
             return report.bits_per_weight
