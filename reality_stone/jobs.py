@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, hf
 from .codecs import Codec
-from .compress import Report, compress, has_rate
+from .compress import UNMEASURED, Report, compress, has_rate
 from .evaluate import Evaluation, evaluate
 from .nn import lora
 from .plan import Plan
@@ -57,13 +57,16 @@ def compress_directory(
     progress: bool = True,
     plan: Plan | None = None,
     resume: bool = False,
+    curvature: bool = False,
 ) -> Report | None:
     """Compress the model in `source` and save it as `target`; refuses early where it can. A plan
-    stands for `bits` and `codec`.
+    stands for `bits` and `codec`; `curvature` as for `compress`.
 
     Without calibration tensor by tensor, resumable and shared by the processes of torchrun (see
     streaming.compress_checkpoint); in memory with it, and where `bits` must be planned first.
     """
+    if curvature and calibration is None:
+        raise ValueError(UNMEASURED)
     if calibration is None and (plan is not None or has_rate(codec, bits)):
         return compress_checkpoint(
             source, target, bits, codec, plan=plan or (), resume=resume, progress=progress
@@ -77,7 +80,10 @@ def compress_directory(
     checkpoint.check_target(target)
     model, tokens = _dense(source, calibration)
     seed = 0 if calibration is None else calibration.seed
-    report = compress(model, bits, tokens, codec, plan=plan or (), seed=seed, progress=progress)
+    report = compress(
+        model, bits, tokens, codec, plan=plan or (), curvature=curvature, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
     return report
 
