@@ -6,8 +6,11 @@ Peers run beside ours where they are installed (hqq, bitsandbytes); one that is 
 printed as such. Their bits per weight count scales and zeros as they store them.
 
     python benchmarks/quality.py [--every] [--train TEXT] [--only trellis] [--json FILE]
+    python benchmarks/quality.py --curvature [--bits 2.25] [--also TEXT]
 
 --every judges each codec of the registry at all its rates instead of the usual choices.
+--curvature judges each of ours without and with the curvature at outputs; --bits adds rates that
+are planned layer by layer, --also texts to measure on beside the held-out one.
 """
 
 from __future__ import annotations
@@ -30,12 +33,18 @@ from reality_stone.targets import choose
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 CONTEXT = 256
+ALSO = 32_768  # tokens of a further text
 OURS = [
     *(f"trellis(bits={b})" for b in (1.5, 2, 2.5, 3, 3.5, 4)),
     "residual(base=trellis(bits=2), rest=sparse(percent=1))",
     "uniform(bits=2, group=64)",
     "uniform(bits=3, group=128)",
     "uniform(bits=4, group=128)",
+]
+CURVED = [
+    *(f"trellis(bits={b})" for b in (1.5, 2, 2.5, 3, 3.5, 4)),
+    "uniform(bits=4, group=64)",
+    "palette(bits=2)",
 ]
 
 
@@ -85,6 +94,9 @@ def main() -> None:
     parser.add_argument("--valid", default=str(DATA / "novels_valid.txt.xz"))
     parser.add_argument("--train", default=str(DATA / "novels_train.txt.xz"))
     parser.add_argument("--every", action="store_true", help="every codec at all its rates")
+    parser.add_argument("--curvature", action="store_true", help="ours without and with it")
+    parser.add_argument("--bits", type=float, action="append", default=[], help="planned rates")
+    parser.add_argument("--also", action="append", default=[], help="further texts to measure on")
     parser.add_argument("--only", default="", help="methods whose name holds this text")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -93,35 +105,66 @@ def main() -> None:
     windows = Calibration(args.train, 128, CONTEXT).windows(hf.tokenize_file(tokenizer, args.train))
     base = rs.evaluate(dense, valid, CONTEXT)
     print(f"dense perplexity {base.perplexity:.3f} over {base.tokens} tokens", flush=True)
+    also = {Path(t).name: hf.tokenize_file(tokenizer, t, tokens=ALSO) for t in args.also}
+    for name, tokens in also.items():
+        found = rs.evaluate(dense, tokens, CONTEXT)
+        print(f"dense perplexity {found.perplexity:.3f} on {name}", flush=True)
     rows = []
 
     def judge(name: str, compress: Callable[[nn.Module], float]) -> None:
         if args.only not in name:
             return
-        model, start = copy.deepcopy(dense), time.perf_counter()
+        model, start, cpu = copy.deepcopy(dense), time.perf_counter(), time.process_time()
         try:
             bits = compress(model)
         except Exception as error:  # a peer may fail in any way; the table says so
             print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
             return
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         found = rs.evaluate(model, valid, CONTEXT, dense)
         ratio = found.perplexity / base.perplexity
         rows.append({"method": name, "bits_per_weight": bits, "ratio": ratio, "kl": found.kl,
-                     "perplexity": found.perplexity, "seconds": seconds})  # fmt: skip
+                     "perplexity": found.perplexity, "seconds": seconds,
+                     "cpu_seconds": cpu, "also": {}})  # fmt: skip
         print(f"{name:60} {bits:6.3f} b/w  perplexity {found.perplexity:7.3f}  x {ratio:.4f}  "
-              f"KL {found.kl:.5f}  {seconds:5.1f} s", flush=True)  # fmt: skip
+              f"KL {found.kl:.5f}  {seconds:5.1f} s, {cpu:5.1f} of CPU",
+              flush=True)  # fmt: skip
+        for text, tokens in also.items():
+            found = rs.evaluate(model, tokens, CONTEXT, dense)
+            rows[-1]["also"][text] = found.to_json()
+            print(f"    {text:56}             perplexity {found.perplexity:7.3f}            "
+                  f"KL {found.kl:.5f}", flush=True)  # fmt: skip
 
+    def calibrated(
+        curvature: bool, bits: float = 2.5, codec: str = "trellis"
+    ) -> Callable[[nn.Module], float]:
+        def run(model: nn.Module) -> float:
+            report = rs.compress(model, bits, windows, codec, curvature=curvature)
+            return report.bits_per_weight
+
+        return run
+
+    def write() -> None:
+        if args.json:
+            args.json.write_text(json.dumps({"dense": base.to_json(), "rows": rows}, indent=1))
+
+    if args.curvature:
+        runs = {spec: {"codec": spec} for spec in CURVED}
+        runs |= {f"{bits:g} bits, planned": {"bits": bits} for bits in args.bits}
+        for name, options in runs.items():
+            judge(name, calibrated(False, **options))
+            judge(f"{name}, curvature", calibrated(True, **options))
+        write()
+        return
     every = [c.spec for c in compare.settings(rs.codecs())]
     for spec in every if args.every else OURS:
-        judge(spec, lambda m, s=spec: rs.compress(m, calibration=windows, codec=s).bits_per_weight)
+        judge(spec, calibrated(False, codec=spec))
     uncalibrated = ("trellis(bits=2)", "uniform(bits=3, group=128)", "uniform(bits=4, group=128)")
     for spec in () if args.every else uncalibrated:
         judge(f"{spec}, no calibration", lambda m, s=spec: rs.compress(m, codec=s).bits_per_weight)
     for name, method in () if args.every else PEERS.items():
         judge(name, lambda m, f=method: compress_with(m, f))
-    if args.json:
-        args.json.write_text(json.dumps({"dense": base.to_json(), "rows": rows}, indent=1))
+    write()
 
 
 if __name__ == "__main__":

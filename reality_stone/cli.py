@@ -82,7 +82,7 @@ def _compress(args: argparse.Namespace) -> int:
     plan = Plan.load(args.plan) if args.plan else None
     report = compress_directory(
         args.source, args.target, args.bits, args.codec, _calibration(args), plan=plan,
-        resume=args.resume,
+        resume=args.resume, curvature=args.curvature,
     )  # fmt: skip
     if report is not None:  # of several processes the first has it
         _print(args, report.to_json(), lambda: str(report))
@@ -212,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
         help='a name, used at --bits, or settings as in "uniform(bits=4, group=64)"',
     )  # fmt: skip
     calibrated(one)
+    one.add_argument(
+        "--curvature", action="store_true",
+        help="with --calibration: weigh errors by their cost in likelihood too",
+    )  # fmt: skip
     one.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
     one = verb("plan", _plan, "choose a rate for each layer, before compressing")

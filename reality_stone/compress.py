@@ -16,8 +16,9 @@ from tqdm import tqdm
 from . import metrics
 from .blocks import Call, Walk, calls_from, hessians, inference, to_device
 from .codecs import REGISTRY, Codec, Uniform
+from .curvature import OutputSide, check_language, some_rows
 from .layer_plan import Plan
-from .nn import Compressed
+from .nn import Compressed, RBEExperts
 from .nn.experts import unfused
 from .packed import storage_bits
 from .sensitivity import make_plan
@@ -33,6 +34,8 @@ from .targets import (
     share,
     tied_heads,
 )
+
+UNMEASURED = "curvature is measured on calibration data: give some, or do without curvature"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def compress(
     codec: str | Codec = "trellis",
     *,
     plan: Plan | Sequence[tuple[str, str | Codec | None]] = (),
+    curvature: bool = False,
     tokenizer: Any = None,
     context: int = 256,
     batch: int = 16,
@@ -131,6 +135,10 @@ def compress(
         codec has no setting for, each layer gets a rate of its own; see `plan`.
     plan: a Plan, which says it all, or (name pattern, codec or None for dense) pairs, the first
         match wins over `codec`.
+    curvature: weigh errors by what they cost a language model's likelihood too, measured at the
+        outputs of layers (see curvature.py) but of experts and those with more than 4,096; needs
+        calibration. Holds up to 1 GiB of moments, and what one row's backward pass keeps; each GiB
+        is a pass forward and backward over 16,384 tokens.
     skip: name patterns that stay dense. The output head, weights tied to another module and layers
         below 4,096 weights stay dense too, unless a plan names them.
 
@@ -142,9 +150,14 @@ def compress(
     leaves every layer either dense or compressed. Raises ValueError on a weight that is not finite,
     naming layer and position, before that layer is changed.
     """
+    if curvature and calibration is None:
+        raise ValueError(UNMEASURED)
     calls = None if calibration is None else calls_from(calibration, batch, tokenizer, context)
     start = time.perf_counter()
     with unfused(model), inference(model):
+        if curvature:
+            to_device(calls, next(model.parameters()).device)
+            check_language(model, some_rows(calls, 1)[0])
         choice = _choice(model, bits, codec, plan, skip, calls, seed, progress)
         if "" in choice.codecs:
             raise ValueError(
@@ -159,11 +172,11 @@ def compress(
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            job = _Job(model, choice.codecs, seed, report, bar, heads)
+            job = _Job(model, choice.codecs, seed, report, bar, heads, progress)
             job.fit_common()
             if calls is not None:
                 to_device(calls, next(model.parameters()).device)
-            work(job, calls)
+            work(job, calls, curvature)
         cover(model, report)
     tell(model)
     report.seconds = time.perf_counter() - start
@@ -239,6 +252,7 @@ class _Job:
     report: Report
     bar: tqdm
     heads: Mapping[str, list[str]] = field(default_factory=dict)
+    progress: bool = True
     unreached: list[str] = field(default_factory=list)  # encoded without the calibration there was
     # By codec: the params that its layers share, and the one Parameter each of them became.
     given: dict[Codec, dict[str, Tensor]] = field(default_factory=dict)
@@ -274,7 +288,13 @@ class _Job:
         for parent, leaf in self.places[id(old)]:
             parent._modules[leaf] = new
 
-    def replace(self, name: str, hessian: Tensor | None, calibrated: bool = False) -> None:
+    def replace(
+        self,
+        name: str,
+        hessian: Tensor | None,
+        outputs: Tensor | None = None,
+        calibrated: bool = False,
+    ) -> None:
         start = time.perf_counter()
         dense = self.model.get_submodule(name)
         kind = kind_of(dense)
@@ -284,6 +304,7 @@ class _Job:
                 dense,
                 self.chosen[name],
                 hessian,
+                outputs=outputs,
                 seed=self.seed + len(self.report.layers),
                 label=name,
                 given=self.given.get(self.chosen[name]),
@@ -313,23 +334,39 @@ class _Job:
         self.bar.update()
 
 
-def work(job: _Job, calls: list[Call] | None, walk: Walk | None = None) -> None:
+def work(
+    job: _Job, calls: list[Call] | None, curvature: bool = False, walk: Walk | None = None
+) -> None:
     """Encode every layer of the job, in the order of the model or, with calls, of execution."""
     rest = list(job.chosen)
     while rest and (calls is None or kind_of(job.model.get_submodule(rest[0])).on_request):
         job.replace(rest.pop(0), None)
     if calls is not None:
-        _calibrated(job, rest, calls, walk)
+        _calibrated(job, rest, calls, curvature, walk)
 
 
-def _calibrated(job: _Job, names: Sequence[str], calls: list[Call], walk: Walk | None) -> None:
+def _calibrated(
+    job: _Job, names: Sequence[str], calls: list[Call], curvature: bool, walk: Walk | None
+) -> None:
     targets = {name: job.model.get_submodule(name) for name in names}
+    side = _output_side(job, targets, calls) if curvature else None
     for group, hessian in hessians(job.model, targets, calls, walk):
         for name in group:
-            job.replace(name, hessian, calibrated=True)
+            outputs = None if side is None or hessian is None else side.take(name)
+            job.replace(name, hessian, outputs, calibrated=True)
     if job.unreached:
         warnings.warn(
             f"no calibration input reaches {len(job.unreached)} of {len(targets)} layers, which "
             f"are encoded without it: {_listed(job.unreached)}",
             stacklevel=4,
         )
+
+
+def _output_side(job: _Job, targets: Mapping[str, nn.Module], calls: list[Call]) -> OutputSide:
+    """The output side of all layers but experts, of which each sees but a few tokens."""
+    outputs = {
+        name: kind_of(layer).dense_weight(layer).shape[0]
+        for name, layer in targets.items()
+        if not isinstance(job.model.get_submodule(".".join(name.split(".")[:-2])), RBEExperts)
+    }
+    return OutputSide(job.model, outputs, calls, seed=job.seed, progress=job.progress)

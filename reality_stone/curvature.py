@@ -8,18 +8,21 @@ the log likelihood at its output, labels drawn from the model itself (K-FAC: Mar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import Call, first_output, inference
+from .blocks import Call, first_output, inference, not_padding
 from .nn.observe import watch
 
 LARGEST = 4096  # outputs of a module whose moment is gathered: 64 MB
+HELD = 2**30  # bytes of moments that are measured in one pass for `compress`
+POSITIONS = 16384  # tokens of a pass
 
 
 def output_curvature(
@@ -71,10 +74,98 @@ def output_power(
     return {name: total / max(1, tokens) for name, total in sums.items()}
 
 
+class OutputSide:
+    """E[g g^T] of layers' outputs for an encoder that goes through them in about this order.
+
+    Moments of up to 1 GiB are measured at a time, when the first of them is asked for, on the model
+    as it is then, and each is let go as it is handed out. Calibration goes through one row at a
+    time: what its backward pass keeps is the only other memory. A pass is over 16,384 tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Mapping[str, int],
+        calls: Sequence[Call],
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        """outputs: how many each layer has; those with more than 4096 are left out."""
+        self.model, self.seed, self.progress = model, seed, progress
+        self.waiting = {name: n for name, n in outputs.items() if n <= LARGEST}
+        self.found: dict[str, Tensor] = {}
+        self.calls = some_rows(calls, POSITIONS)
+
+    def take(self, name: str) -> Tensor | None:
+        """The moment (out, out) of this layer, once; None where there is none."""
+        if name in self.waiting:
+            self._measure(name)
+        return self.found.pop(name, None)
+
+    def _measure(self, first: str) -> None:
+        names, size = [], 0
+        for name in [first, *(n for n in self.waiting if n != first)]:
+            size += 4 * self.waiting[name] ** 2
+            if names and size > HELD:
+                break
+            names.append(name)
+        for name in names:
+            del self.waiting[name]
+        self.found |= output_curvature(
+            self.model, self.calls, names, seed=self.seed, progress=self.progress
+        )
+
+
+def some_rows(calls: Sequence[Call], positions: int) -> list[Call]:
+    """Rows from all of the calibration, a call each, of about this many positions together."""
+    rows = [row for call in calls for row in _rows(call)]
+    wanted = -(-positions // max(1, _positions(rows[0])))
+    return rows[:: max(1, len(rows) // wanted)][:wanted]
+
+
+def _rows(call: Call) -> list[Call]:
+    """A call for each row; itself where not all that it holds is cut alike."""
+    values = [v for v in (*call.args, *call.kwargs.values()) if v is not None]
+    cut = all(isinstance(v, Tensor) and v.dim() > 1 for v in values)
+    if not cut or len({len(v) for v in values}) != 1:
+        return [call]
+
+    def row(value: Tensor | None, i: int) -> Tensor | None:
+        return None if value is None else value[i : i + 1]
+
+    return [
+        replace(
+            call,
+            args=tuple(row(a, i) for a in call.args),
+            kwargs={name: row(a, i) for name, a in call.kwargs.items()},
+            mask=row(call.mask, i),
+        )
+        for i in range(len(values[0]))
+    ]
+
+
+def _positions(call: Call) -> int:
+    values = (*call.args, *call.kwargs.values())
+    x = next((v for v in values if isinstance(v, Tensor)), torch.empty(1))
+    return x.numel() // x.shape[-1] if x.is_floating_point() and x.dim() > 1 else x.numel()
+
+
 def is_language(call: Call, output: object) -> bool:
     """Whether a call's output is the logits of a language model."""
     tokens = [a for a in call.args[:1] if isinstance(a, Tensor) and not a.is_floating_point()]
     return hasattr(output, "logits") or (isinstance(output, Tensor) and bool(tokens))
+
+
+@torch.no_grad()
+def check_language(model: nn.Module, call: Call) -> None:
+    """ValueError where the model is no language model."""
+    with inference(model):
+        if not is_language(call, call.on(model)):
+            raise ValueError(
+                "curvature is of a language model's likelihood: this model gives neither `logits` "
+                "nor, from token ids, a tensor of them"
+            )
 
 
 def _backward(
@@ -100,23 +191,26 @@ def _backward(
         for call in bar:
             out = call.on(model)
             judge = _label_surprise if likely or is_language(call, out) else _probe
-            value, count = judge(out, generator)
+            value, count = judge(out, generator, call.mask)
             value.backward()
             tokens += count
     return tokens
 
 
-def _label_surprise(out: object, generator: torch.Generator) -> tuple[Tensor, int]:
+def _label_surprise(
+    out: object, generator: torch.Generator, mask: Tensor | None
+) -> tuple[Tensor, int]:
     """Summed -log p of labels that the model itself draws, and their number."""
-    log_p = getattr(out, "logits", out).float().log_softmax(-1).flatten(0, -2)
-    labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+    log_p = not_padding(getattr(out, "logits", out), mask).float().log_softmax(-1)
+    p = log_p.detach().exp().nan_to_num(1.0)  # a NaN goes on through the gradient
+    labels = torch.multinomial(p.cpu(), 1, generator=generator)
     return -log_p.gather(-1, labels.to(log_p.device)).sum(), log_p.shape[0]
 
 
-def _probe(out: object, generator: torch.Generator) -> tuple[Tensor, int]:
+def _probe(out: object, generator: torch.Generator, mask: Tensor | None) -> tuple[Tensor, int]:
     """The output along a random direction, and its rows, so that half of the curvature is the
     squared error in units of the output's own power."""
-    y = first_output(out).float().flatten(0, -2)
+    y = not_padding(first_output(out), mask).float()
     direction = torch.randn(y.shape, generator=generator).to(y.device)
     length = y.detach().pow(2).sum(-1).mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return math.sqrt(2) * (direction * y).sum() / length, y.shape[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, hf
 from .codecs import Codec
-from .compress import Report, compress, has_rate
+from .compress import UNMEASURED, Report, compress, has_rate
 from .evaluate import Evaluation, evaluate
 from .nn import lora
 from .plan import Plan
@@ -58,16 +58,19 @@ def compress_directory(
     progress: bool = True,
     plan: Plan | None = None,
     resume: bool = False,
+    curvature: bool = False,
 ) -> Report | None:
     """Compress the model in `source` and save it as `target`; refuses early where it can. A plan
-    stands for `bits` and `codec`.
+    stands for `bits` and `codec`; `curvature` as for `compress`.
 
     Tensor by tensor or, with calibration, block by block, and resumable (see
-    streaming.compress_checkpoint). In memory where `bits` must be planned first, and with a warning
-    where the model cannot run block by block.
+    streaming.compress_checkpoint). In memory with `curvature` and where `bits` must be planned
+    first, and with a warning where the model cannot run block by block.
     """
+    if curvature and calibration is None:
+        raise ValueError(UNMEASURED)
     seed = 0 if calibration is None else calibration.seed
-    if plan is not None or has_rate(codec, bits):
+    if not curvature and (plan is not None or has_rate(codec, bits)):
         checkpoint.check_target(target)
         tokens = None if calibration is None else _windows(source, calibration)
         try:
@@ -83,11 +86,16 @@ def compress_directory(
             warnings.warn(str(reason), stacklevel=2)
     elif resume:
         raise ValueError(
-            f"{codec} has no rate of {bits:g} bits: write a plan first, a run with one resumes"
+            "a run with curvature is not kept on the disk: resume is for one without"
+            if curvature
+            else f"{codec} has no rate of {bits:g} bits: write a plan first, a run with one resumes"
         )
     checkpoint.check_target(target)
     model, tokens = _dense(source, calibration)
-    report = compress(model, bits, tokens, codec, plan=plan or (), seed=seed, progress=progress)
+    report = compress(
+        model, bits, tokens, codec, plan=plan or (), curvature=curvature, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     checkpoint.save(model, target, source=source, dense_dtype=hf.source_dtype(source))
     return report
 

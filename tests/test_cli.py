@@ -152,6 +152,24 @@ def test_compress_eval_and_inspect_work_together(run, dense, tmp_path):
     assert len(found["layers"]) == 14
 
 
+def test_compress_measures_the_curvature_where_it_is_asked_to(run, dense, tmp_path):
+    words = ("--calibration", dense / "text.txt", "--samples", "8", "--context", "32")
+    kl = {}
+    for name, more in (("plain", ()), ("curved", ("--curvature",))):
+        code, _, err = run("compress", dense, tmp_path / name, "--bits", "2", *words, *more)
+        assert code == 0, err
+        _, out, _ = run(
+            "eval", tmp_path / name, "--text", dense / "text.txt", "--reference", dense,
+            "--context", "32", "--tokens", "1000", "--json",
+        )  # fmt: skip
+        kl[name] = json.loads(out)["kl"]
+    assert kl["curved"] != kl["plain"]
+    code, _, err = run("compress", dense, tmp_path / "refused", "--curvature")
+    assert code == 1
+    assert "calibration data" in one_sentence(err)
+    assert not (tmp_path / "refused").exists()
+
+
 def finetune(run, dense, packed, target, *more):
     return run(
         "finetune", packed, target, "--text", dense / "text.txt", "--steps", "6", "--batch", "2",

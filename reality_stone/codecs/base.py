@@ -184,7 +184,8 @@ class Codec(ABC):
         importance = None if prepared is None else prepared.diagonal()
         curved = None
         if feedback:
-            curved = Hessian.prepare(outputs, shape[0], label, OUTPUT_DAMPING)
+            side = f"{label or 'a layer'}, output side"
+            curved = Hessian.prepare(outputs, shape[0], side, OUTPUT_DAMPING)
         check_finite(weight, self.name)
         params = self.initial_params(weight, seed, feedback, importance)
         params |= given or {}

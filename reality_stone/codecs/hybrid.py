@@ -56,7 +56,7 @@ class Hybrid(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"out_scale": row_scale(weight)}
 
-    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
+    def encode(self, weight, hessian=None, outputs=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
         plain = super().encode(weight, seed=seed, label=label, given=given)

@@ -62,9 +62,9 @@ class Residual(Codec):
     def params(self, shape):
         return (*self.base.params(shape), *rest_params(self.rest, shape))
 
-    def encode(self, weight, hessian=None, *, seed=0, label="", given=None) -> Packed:
+    def encode(self, weight, hessian=None, outputs=None, *, seed=0, label="", given=None) -> Packed:
         weight = check_weight(weight, self.name)
-        base = self.base.encode(weight, hessian, seed=seed, label=label, given=given)
+        base = self.base.encode(weight, hessian, outputs, seed=seed, label=label, given=given)
         left = weight - base.decode()
         if self.clip:
             bound = self.clip * weight.abs().max()

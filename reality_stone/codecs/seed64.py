@@ -89,7 +89,7 @@ class Seed64(Codec):
         scale = (peak * 1.25).clamp_max(3e38).float().view(1)
         return {"scale": round_to_half(scale) if peak else torch.ones(1)}
 
-    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
+    def encode(self, weight, hessian=None, outputs=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
         if not self.block or not weight.numel() or not weight.isfinite().all():

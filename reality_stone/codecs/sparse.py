@@ -51,7 +51,7 @@ class Sparse(Codec):
     def initial_params(self, weight, seed, feedback=False, importance=None):
         return {"scale": torch.zeros(weight.shape[0])}
 
-    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
+    def encode(self, weight, hessian=None, outputs=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         prepared = Hessian.prepare(hessian, weight.shape[1], label)
         if prepared is not None and weight.numel():

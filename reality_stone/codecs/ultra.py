@@ -92,7 +92,7 @@ class Ultra(Codec):
         params = alone.initial_params(rows, seed)
         return {"codebook": alternate(alone, rows, params, None, self.refits)["codebook"]}
 
-    def encode(self, weight, hessian=None, *, seed=0, label="", given=None):
+    def encode(self, weight, hessian=None, outputs=None, *, seed=0, label="", given=None):
         weight = check_weight(weight, self.name)
         given = dict(given or {})
         if self.common and weight.numel():
@@ -100,7 +100,9 @@ class Ultra(Codec):
                 given |= self.fit_common([weight], seed)
             given["transform"] = self._best_transform(weight, given["codebook"])
         alone = replace(self, percent=0)
-        base = super(Ultra, alone).encode(weight, hessian, seed=seed, label=label, given=given)
+        base = super(Ultra, alone).encode(
+            weight, hessian, outputs, seed=seed, label=label, given=given
+        )
         if not self.percent:
             return base
         left = weight - base.decode()

@@ -75,7 +75,7 @@ class Calibrated:
         with unfused(self.model), inference(self.model), torch.no_grad():
             weights = Weights(self.model, self.layout.recipes)
             job = _KeptJob(self.model, chosen, seed, bar, tables, weights, kept, shard_of)
-            work(job, self.calls, _Walk(job, self.output))
+            work(job, self.calls, walk=_Walk(job, self.output))
 
 
 class _KeptJob(_Job):
@@ -96,13 +96,19 @@ class _KeptJob(_Job):
         self.weights, self.kept, self.shard_of = weights, kept, shard_of
         self.records = kept.read()
 
-    def replace(self, name: str, hessian: Tensor | None, calibrated: bool = False) -> None:
+    def replace(
+        self,
+        name: str,
+        hessian: Tensor | None,
+        outputs: Tensor | None = None,
+        calibrated: bool = False,
+    ) -> None:
         dense = self.model.get_submodule(name)
         self.weights.fill(dense, name)  # what is not in a block, or encoded before them
         record = self.records.get(name)
         packed = None if record is None else self.kept.load(record)
         if record is None or packed is None:
-            super().replace(name, hessian, calibrated)
+            super().replace(name, hessian, outputs, calibrated)
             packed, told = self.model.get_submodule(name).packed, self.report.layers[-1]
             self.kept.add(
                 packed, name, self.shard_of(name), told.error, told.seconds, told.hessian_error

@@ -260,7 +260,7 @@ def lines(path: Path) -> Iterator[Any]:
     for line in raw.split(b"\n")[:-1]:
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
 
 

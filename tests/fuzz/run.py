@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("header", "config", "weights", "codes", "codec")
+NAMES = ("header", "config", "weights", "codes", "index", "journal", "codec", "plan")
 
 
 def main() -> None:

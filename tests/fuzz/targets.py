@@ -7,6 +7,7 @@ or in a model that runs. `seeds` are good inputs to start from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 import reality_stone as rs
-from reality_stone import checkpoint, inspection, tensorfile
+from reality_stone import checkpoint, inspection, shards, tensorfile
 from reality_stone.codecs import REGISTRY
+from reality_stone.streaming.journal import Journal
 from reality_stone.swap import PlanEntry
 
 SHAPE = (24, 40)
@@ -123,6 +125,31 @@ def codes(data: bytes, folder: Path) -> bool:
     return load_and_use(folder)
 
 
+def index(data: bytes, folder: Path) -> bool:
+    """Any bytes as the index of a checkpoint whose two shards are sound."""
+    saved = _sharded(folder)
+    (saved / shards.INDEX).write_bytes(data)
+    inspection.inspect(saved, progress=False)
+    return load_and_use(saved)
+
+
+def journal(data: bytes, folder: Path) -> bool:
+    """Any bytes as the record of an unfinished run: read, repaired, read again."""
+    place = folder / "journal"
+    place.mkdir(exist_ok=True)
+    (place / "00000-00000.bin").write_bytes(_packed_codes())
+    (place / "00000.jsonl").write_bytes(data)
+    kept = Journal(place, {"0": ENTRY})
+    kept.read()
+    kept.repair(())
+    found = kept.read()
+    for record in found.values():
+        for tensor in record.tensors.values():
+            assert tensor.path == place / "00000-00000.bin"
+            assert tensor.end <= len(_packed_codes())
+    return bool(found)
+
+
 def codec(data: bytes, folder: Path) -> bool:
     """Any text as a codec, and what it says about sizes of layers."""
     text = data.decode("utf-8", "surrogateescape")
@@ -174,6 +201,50 @@ def _saved(folder: Path) -> Path:
     return target
 
 
+def _sharded(folder: Path) -> Path:
+    """The sound checkpoint in two shards."""
+    saved, target = _saved(folder), folder / "shards"
+    target.mkdir(exist_ok=True)
+    header = tensorfile.read_header(saved / checkpoint.WEIGHTS)
+    tensors = {n: tensorfile.read_tensor(header, e) for n, e in header.entries.items()}
+    names = [shards.shard_name(i, 2) for i in range(2)]
+    place = {name: names[name.startswith("0")] for name in tensors}
+    for file in names:
+        own = {n: t for n, t in tensors.items() if place[n] == file}
+        tensorfile.write(target / file, own, {})
+    (target / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    (target / checkpoint.CONFIG).write_bytes(_sound[checkpoint.CONFIG])
+    return target
+
+
+ENTRY = PlanEntry("0", SHAPE, rs.codec("uniform(bits=4, group=20)"), True)
+
+
+def _packed_codes() -> bytes:
+    return bytes(range(256)) * 16
+
+
+def _some_journal(folder: Path) -> list[bytes]:
+    """What a run writes that has encoded one layer."""
+    place = folder / "written"
+    place.mkdir(exist_ok=True)
+    for file in place.iterdir():
+        file.unlink()
+    (place / "00000-00000.bin").write_bytes(_packed_codes())
+    layer = packed_model(ENTRY.codec.spec)[0]
+    names = dict(ENTRY.tensors().items())
+    raw, at, tensors = _packed_codes(), 0, {}
+    for name, sizes in names.items():
+        own = getattr(layer, name.removeprefix("0."))
+        kind = "U8" if own.dtype == torch.uint8 else "F32"
+        end = at + math.prod(sizes) * own.dtype.itemsize
+        digest = hashlib.sha256(raw[at:end]).hexdigest()
+        tensors[name] = [kind, list(sizes), "00000-00000.bin", at, digest]
+        at = end
+    line = {"layer": "0", "shard": 0, "tensors": tensors, "error": 0.1, "seconds": 0.2}
+    return [json.dumps(line).encode() + b"\n"]
+
+
 @dataclass(frozen=True)
 class Target:
     run: Callable[[bytes, Path], bool]
@@ -201,6 +272,8 @@ TARGETS = {
     "config": Target(config, _file(checkpoint.CONFIG)),
     "weights": Target(weights, _file(checkpoint.WEIGHTS)),
     "codes": Target(codes, _some_codes),
+    "index": Target(index, lambda folder: [(_sharded(folder) / shards.INDEX).read_bytes()]),
+    "journal": Target(journal, _some_journal),
     "codec": Target(codec, lambda _: [REGISTRY[name]().spec.encode() for name in REGISTRY]),
     "plan": Target(plan, _some_plan),
 }
