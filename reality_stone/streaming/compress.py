@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +128,9 @@ def _work(run: Run, group: Team, resume: bool, progress: bool, stack: ExitStack)
     )  # fmt: skip
     with bar:
         if run.calibrated is None:
-            group.each(lambda: _encode(run, kept, assembly, group, bar))
+            # Read once for all: a rank that is late would find the work of others kept already.
+            done = group.lead(lambda: frozenset(kept.read()))
+            group.each(lambda: _encode(run, kept, done, assembly, group, bar))
         else:
             tables = _tables(run)
             run.calibrated.encode(kept, assembly.shard_of, tables, run.seed, bar)
@@ -156,10 +158,11 @@ def _open(run: Run, kept: Journal, assembly: Assembly, resume: bool, stack: Exit
             journal.keep_common(run.place, tables)
 
 
-def _encode(run: Run, kept: Journal, assembly: Assembly, group: Team, bar: tqdm) -> None:
-    """This rank's share of the layers that are not yet kept."""
+def _encode(
+    run: Run, kept: Journal, done: Set[str], assembly: Assembly, group: Team, bar: tqdm
+) -> None:
+    """This rank's share of the layers that are not yet done."""
     targets = run.layout.targets
-    done = kept.read()
     tables = _tables(run)
     left = [t for t in targets if t.entry.name not in done]
     bar.update(len(done))
