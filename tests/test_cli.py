@@ -87,6 +87,27 @@ def test_compress_plans_by_itself_and_says_what_a_plan_cannot_be(dense, run, tmp
     assert not (tmp_path / "b").exists()
 
 
+def test_a_model_that_predicts_no_tokens_is_not_judged_or_trained_by_them(dense, run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    text = ("--text", dense / "text.txt", "--context", 16)
+    for kind in (transformers.BertModel, transformers.BertForMaskedLM):
+        source, packed = tmp_path / kind.__name__, tmp_path / f"packed_{kind.__name__}"
+        kind(config).save_pretrained(source)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (source / name).write_bytes((dense / name).read_bytes())
+        words = ("--codec", "uniform", "--calibration", dense / "text.txt", "--context", 16)
+        assert run("compress", source, packed, *words, "--bits", 4)[0] == 0
+        for verb in (("eval", packed), ("finetune", packed, tmp_path / "out")):
+            code, _, err = run(*verb, *text)
+            assert code == 1
+            assert f"{kind.__name__} is none" in one_sentence(err)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_doctor_finds_everything_in_order(run):
     code, out, _ = run("doctor")
     assert code == 0
