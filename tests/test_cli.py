@@ -1,6 +1,7 @@
 """The command: exit codes, one-line errors, JSON, and nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,33 @@ def test_a_model_that_predicts_no_tokens_is_not_judged_or_trained_by_them(dense,
             assert code == 1
             assert f"{kind.__name__} is none" in one_sentence(err)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_sentence_transformers_needs_goes_along_and_nothing_from_outside(
+    dense, run, tmp_path, calibrated
+):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "1_Pooling" / "pytorch_model.bin").write_bytes(b"pickled")
+    paths = ["", "1_Pooling", "2_Normalize", "../outside", str(tmp_path / "outside"), ".."]
+    modules = json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)])
+    (source / "modules.json").write_text(modules)
+    words = ("--calibration", dense / "text.txt", "--context", 16) if calibrated else ()
+    assert (
+        run("compress", source, tmp_path / "m", "--codec", "uniform", "--bits", 4, *words)[0] == 0
+    )
+    assert run("decompress", tmp_path / "m", tmp_path / "again")[0] == 0
+    for made in (tmp_path / "m", tmp_path / "again"):
+        assert (made / "modules.json").read_text() == modules
+        pooling = made / "1_Pooling" / "config.json"
+        assert pooling.read_bytes() == (source / "1_Pooling" / "config.json").read_bytes()
+        assert [p.name for p in made.rglob("*") if p.is_dir()] == ["1_Pooling"]
+        assert not list(made.rglob("*.bin"))
 
 
 def test_doctor_finds_everything_in_order(run):
