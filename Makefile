@@ -22,7 +22,10 @@ NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
   -gencode arch=compute_90,code=compute_90
 CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
 
+# Versions of transformers, and the tests that touch it.
 COMPAT := 5.17.0 5.23.0
+COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%.py,\
+  hf peft checkpoint models streaming shards minilm layers norms compile report_directory))
 
 .PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda check-nvcc build clean distclean check-tools
 
@@ -51,8 +54,8 @@ compat: $(COMPAT:%=compat-%)
 
 compat-%: build/compat/%/.installed
 	@echo "transformers $*:"
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest tests/test_hf.py \
-	  $(wildcard tests/test_peft.py) tests/test_checkpoint.py $(PYTEST)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest -n $(MAX_JOBS) \
+	  $(COMPAT_TESTS) $(PYTEST)
 
 # 5.17 needs the huggingface_hub of its time and what that needs.
 .PRECIOUS: build/compat/%/.installed

@@ -37,7 +37,10 @@ CONFIG, NOTE, MANIFEST = "config.json", "README.md", "manifest.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SENTENCE_FILES = (  # of sentence-transformers; without them it pools in a way of its own
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 WARNING = (
     "import reality_stone before loading this with transformers, which alone only warns and gives "
@@ -77,7 +80,7 @@ def save(
         if target.is_dir():
             _carry_over(target, part)
         if source is not None:
-            _copy_tokenizer(Path(source), part)
+            copy_beside(Path(source), part)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         generation = getattr(model, "generation_config", None)
@@ -220,10 +223,26 @@ def _carry_over(old: Path, new: Path) -> None:
             shutil.copy2(item, new / item.name, follow_symlinks=False)
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
+def copy_beside(source: Path, target: Path, names: Iterable[str] = ()) -> None:
+    """The tokenizer's files, those of sentence-transformers, and others by name."""
+    for name in (*TOKENIZER_FILES, *SENTENCE_FILES, *names):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for item in _sentence_modules(source):
+        (target / item.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(item, target / item.parent.name / item.name)
+
+
+def _sentence_modules(source: Path) -> list[Path]:
+    """Files of the directories inside `source` that modules.json names: pooling and the like."""
+    try:
+        modules = json.loads((source / SENTENCE_FILES[0]).read_text())
+        names = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    inside = [source / name for name in names if name not in ("", "..") and Path(name).name == name]
+    files = [item for place in inside if place.is_dir() for item in sorted(place.iterdir())]
+    return [f for f in files if f.is_file() and f.suffix in (".json", ".safetensors", ".txt")]
 
 
 def _sync(directory: Path) -> None:

@@ -167,8 +167,8 @@ def evaluate_directory(
     progress: bool = True,
 ) -> DirectoryEvaluation:
     """Perplexity of the model in `directory`, and its KL from the one in `reference`."""
-    model = load_directory(directory)
-    dense = None if reference is None else hf.from_pretrained(reference)
+    model = _predicts(load_directory(directory), directory)
+    dense = None if reference is None else _predicts(hf.from_pretrained(reference), reference)
     ids = hf.tokenize_file(hf.load_tokenizer(directory), text, tokens=tokens)
     used = ids.numel() // max(1, context) * context
     if used == 0:
@@ -233,7 +233,7 @@ def finetune_directory(
         raise ValueError(f"{directory}: this model is dense, compress it first")
     if teacher is not None and hf.is_packed(teacher):
         raise ValueError(f"{teacher}: the teacher must be a dense model, this one is compressed")
-    model = load_directory(directory)
+    model = _predicts(load_directory(directory), directory)
     if mode != "lora" and lora.adapters(model):
         raise ValueError(f"{directory}: this model has adapters; train it in mode 'lora'")
     tokenizer = hf.load_tokenizer(directory)
@@ -245,7 +245,7 @@ def finetune_directory(
         judged = hf.check_tokens(model, ids, directory)
         if judged.numel() < text.context:
             raise ValueError(f"{judge.file}: this is less than one window of {text.context} tokens")
-    dense = None if teacher is None else hf.from_pretrained(teacher)
+    dense = None if teacher is None else _predicts(hf.from_pretrained(teacher), teacher)
     if dense is not None:
         hf.check_tokens(dense, batches, teacher)
 
@@ -275,3 +275,13 @@ def _save(model: nn.Module, target: Path, source: str | os.PathLike[str], state:
     (state / STATE).unlink(missing_ok=True)
     if not any(state.iterdir()):
         state.rmdir()
+
+
+def _predicts(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """The model, if its logits are those of next tokens, which an encoder's are not."""
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{directory}: perplexity and training on text are for causal language models, "
+            f"{type(model).__name__} is none"
+        )
+    return model

@@ -1,6 +1,7 @@
 """The command: exit codes, one-line errors, JSON, and nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,54 @@ def test_compress_plans_by_itself_and_says_what_a_plan_cannot_be(dense, run, tmp
     assert code == 1
     assert "bits must be between 1.5 and 16" in one_sentence(err)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_model_that_predicts_no_tokens_is_not_judged_or_trained_by_them(dense, run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    text = ("--text", dense / "text.txt", "--context", 16)
+    for kind in (transformers.BertModel, transformers.BertForMaskedLM):
+        source, packed = tmp_path / kind.__name__, tmp_path / f"packed_{kind.__name__}"
+        kind(config).save_pretrained(source)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (source / name).write_bytes((dense / name).read_bytes())
+        words = ("--codec", "uniform", "--calibration", dense / "text.txt", "--context", 16)
+        assert run("compress", source, packed, *words, "--bits", 4)[0] == 0
+        for verb in (("eval", packed), ("finetune", packed, tmp_path / "out")):
+            code, _, err = run(*verb, *text)
+            assert code == 1
+            assert f"{kind.__name__} is none" in one_sentence(err)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_sentence_transformers_needs_goes_along_and_nothing_from_outside(
+    dense, run, tmp_path, calibrated
+):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "1_Pooling" / "pytorch_model.bin").write_bytes(b"pickled")
+    paths = ["", "1_Pooling", "2_Normalize", "../outside", str(tmp_path / "outside"), ".."]
+    modules = json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)])
+    (source / "modules.json").write_text(modules)
+    words = ("--calibration", dense / "text.txt", "--context", 16) if calibrated else ()
+    assert (
+        run("compress", source, tmp_path / "m", "--codec", "uniform", "--bits", 4, *words)[0] == 0
+    )
+    assert run("decompress", tmp_path / "m", tmp_path / "again")[0] == 0
+    for made in (tmp_path / "m", tmp_path / "again"):
+        assert (made / "modules.json").read_text() == modules
+        pooling = made / "1_Pooling" / "config.json"
+        assert pooling.read_bytes() == (source / "1_Pooling" / "config.json").read_bytes()
+        assert [p.name for p in made.rglob("*") if p.is_dir()] == ["1_Pooling"]
+        assert not list(made.rglob("*.bin"))
 
 
 def test_doctor_finds_everything_in_order(run):

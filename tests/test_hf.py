@@ -429,6 +429,17 @@ def test_settings_reach_the_compression_and_no_file(tmp_path):
     assert set(written) == {"quant_method", "version", "note", "plan"}
 
 
+def test_compressing_on_the_fly_says_how_much_stays_dense(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    settings = rs.RealityStoneConfig(codec=CODEC, skip=["*mlp*"], progress=False)
+    with pytest.warns(UserWarning, match=r"only \d+\.\d% of the weights in matrices") as seen:
+        model = load("llama", tmp_path, quantization_config=settings)
+    told = [str(w.message) for w in seen if "of the weights in matrices" in str(w.message)]
+    assert len(told) == 1
+    assert f"only {rs.coverage(model):.1%} of" in told[0]
+    assert rs.coverage(model) < 0.9
+
+
 def test_settings_can_be_given_as_a_dictionary(tmp_path):
     build("llama").save_pretrained(tmp_path)
     settings = {"quant_method": "reality_stone", "codec": CODEC, "progress": False}

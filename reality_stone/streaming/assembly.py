@@ -135,9 +135,7 @@ class Assembly:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         if target.is_dir():
             checkpoint._carry_over(target, self.out)
-        for name in (*checkpoint.TOKENIZER_FILES, *OTHER_FILES):
-            if (self.layout.directory / name).is_file():
-                shutil.copyfile(self.layout.directory / name, self.out / name)
+        checkpoint.copy_beside(self.layout.directory, self.out, OTHER_FILES)
         tensors = {n: (v["file"], *t) for v in done.values() for n, t in v["tensors"].items()}
         if len(files) > 1:
             total = sum(lazy_bytes(kind, shape) for _, kind, shape, _ in tensors.values())

@@ -64,9 +64,7 @@ def decompress_checkpoint(
             config.pop("torch_dtype", None)
             config["dtype"] = str(kind).removeprefix("torch.")
         (part / checkpoint.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name in (*checkpoint.TOKENIZER_FILES, *OTHER_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, part / name)
+        checkpoint.copy_beside(source, part, OTHER_FILES)
         checkpoint._sync(part)
         if goal.exists():
             goal.rmdir()

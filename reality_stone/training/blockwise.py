@@ -35,6 +35,7 @@ from ..blocks import (
 from ..curvature import frozen, output_curvature
 from ..feedback import OUTPUT_DAMPING
 from ..nn import RBELinear
+from ..nn.experts import unfused
 from ..packed import Packed, round_to_half
 from .loop import cosine, relative
 from .precision import training_precision
@@ -98,13 +99,14 @@ def reconstruct(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, RBELinear)}
-    _check(layers, teacher)
     calls = calls_from(calibration, batch)
     device = next(model.parameters()).device
     to_device(calls, device)
     names = find_blocks(model, layers)
     report, start = ReconstructionReport(), time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(unfused(teacher, layers))
+        _check(layers, teacher)
         for one in (model, teacher):
             stack.enter_context(inference(one))
             stack.enter_context(frozen(one))
@@ -134,7 +136,9 @@ def _check(layers: dict[str, RBELinear], teacher: nn.Module) -> None:
         raise ValueError("the model has no compressed layers to train; call compress first")
     dense = dict(teacher.named_modules())
     for name, layer in layers.items():
-        weight = getattr(dense.get(name), "weight", None)
+        weight = None
+        if getattr(dense.get(name), "weight", None) is not None:
+            weight = layer.dense_weight(dense[name])
         if weight is None or tuple(weight.shape) != layer.shape:
             found = "none" if weight is None else tuple(weight.shape)
             raise ValueError(
@@ -186,7 +190,8 @@ class _Block:
         waiting = {}
         for name, layer in self.layers.items():
             dense = nn.Linear(1, 1, bias=False, device="meta")
-            dense.weight = nn.Parameter(teacher.get_submodule(name).weight.detach().float().clone())
+            weight = layer.dense_weight(teacher.get_submodule(name))
+            dense.weight = nn.Parameter(weight.detach().float().clone())
             dense.bias = layer.bias
             self.put(name, dense)
             waiting[name] = dense
