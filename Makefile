@@ -54,7 +54,7 @@ compat: $(COMPAT:%=compat-%)
 
 compat-%: build/compat/%/.installed
 	@echo "transformers $*:"
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest -n $(MAX_JOBS) \
+	@PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 build/compat/$*/bin/python -m pytest -n $(MAX_JOBS) \
 	  $(COMPAT_TESTS) $(PYTEST)
 
 # 5.17 needs the huggingface_hub of its time and what that needs.
