@@ -172,7 +172,7 @@ def compress(
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            job = _Job(model, choice.codecs, seed, report, bar, heads, progress)
+            job = Job(model, choice.codecs, seed, report, bar, heads, progress)
             job.fit_common()
             if calls is not None:
                 to_device(calls, next(model.parameters()).device)
@@ -243,7 +243,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 
 
 @dataclass
-class _Job:
+class Job:
     """Encoding and swapping of single layers, with their report."""
 
     model: nn.Module
@@ -335,7 +335,7 @@ class _Job:
 
 
 def work(
-    job: _Job, calls: list[Call] | None, curvature: bool = False, walk: Walk | None = None
+    job: Job, calls: list[Call] | None, curvature: bool = False, walk: Walk | None = None
 ) -> None:
     """Encode every layer of the job, in the order of the model or, with calls, of execution."""
     rest = list(job.chosen)
@@ -346,7 +346,7 @@ def work(
 
 
 def _calibrated(
-    job: _Job, names: Sequence[str], calls: list[Call], curvature: bool, walk: Walk | None
+    job: Job, names: Sequence[str], calls: list[Call], curvature: bool, walk: Walk | None
 ) -> None:
     targets = {name: job.model.get_submodule(name) for name in names}
     side = _output_side(job, targets, calls) if curvature else None
@@ -362,7 +362,7 @@ def _calibrated(
         )
 
 
-def _output_side(job: _Job, targets: Mapping[str, nn.Module], calls: list[Call]) -> OutputSide:
+def _output_side(job: Job, targets: Mapping[str, nn.Module], calls: list[Call]) -> OutputSide:
     """The output side of all layers but experts, of which each sees but a few tokens."""
     outputs = {
         name: kind_of(layer).dense_weight(layer).shape[0]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .. import blocks, hf, tensorfile
 from ..blocks import Call, calls_from, find_blocks, inference, inside
 from ..codecs import Codec
-from ..compress import LayerReport, Report, _Job, work
+from ..compress import LayerReport, Report, Job, work
 from ..nn.experts import unfused
 from ..targets import kind_of
 from . import journal, naming
@@ -78,7 +78,7 @@ class Calibrated:
             work(job, self.calls, walk=_Walk(job, self.output))
 
 
-class _KeptJob(_Job):
+class _KeptJob(Job):
     """A job that has each layer in the journal, and encodes none that is there."""
 
     def __init__(
