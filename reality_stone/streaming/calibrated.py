@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .. import blocks, hf, tensorfile
 from ..blocks import Call, calls_from, find_blocks, inference, inside
 from ..codecs import Codec
-from ..compress import LayerReport, Report, Job, work
+from ..compress import Job, LayerReport, Report, work
 from ..nn.experts import unfused
 from ..targets import kind_of
 from . import journal, naming
