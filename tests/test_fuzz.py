@@ -73,6 +73,15 @@ def test_arbitrary_files_end_in_a_sentence_or_a_model_that_runs(name, data, tmp_
     targets.TARGETS[name].run(data, tmp_path)
 
 
+@pytest.mark.parametrize("wrong", [b"-672", b"480.0", b"9" * 30, b"null", b"true"])
+@pytest.mark.parametrize("place", [b" 480,", b'"00000-00000.bin"', b'"shard": 0'])
+def test_a_journal_with_wrong_numbers_is_no_journal(wrong, place, tmp_path):
+    good = seeds_of("journal", tmp_path)[0]
+    assert place in good
+    new = {b" 480,": wrong + b",", b'"shard": 0': b'"shard": ' + wrong}.get(place, b'""')
+    assert not targets.journal(good.replace(place, new, 1), tmp_path)
+
+
 def test_a_target_notices_a_broken_promise(tmp_path, monkeypatch):
     def crash(*_, **__):
         raise KeyError("a traceback where a sentence was promised")

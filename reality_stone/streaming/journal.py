@@ -189,7 +189,11 @@ class Journal:
             digests: dict[str, str] = {}
             for name, (kind, shape, part, start, digest) in value["tensors"].items():
                 dtype = tensorfile.DTYPES[kind]
-                if sizes.pop(name) != tuple(shape) or Path(part).name != part:
+                if sizes.pop(name) != tuple(shape) or not tensorfile.is_sizes(
+                    [start, value["shard"]]
+                ):
+                    return None
+                if Path(part).name != part or not part.endswith(".bin"):
                     return None
                 size = torch.Size(shape).numel() * dtype.itemsize
                 path = self.directory / part
