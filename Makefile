@@ -85,7 +85,7 @@ wheel: $(BUILT)
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(WHEEL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(ls dist/*.whl)[hf,peft,plot,test]"
-	mkdir -p build/wheel && cp -r tests csrc examples docs pyproject.toml README.md build/wheel
+	mkdir -p build/wheel && cp -r tests csrc examples benchmarks docs pyproject.toml README.md build/wheel
 	cd build/wheel && OMP_NUM_THREADS=1 ../wheel-venv/bin/python -P -m pytest -n $(MAX_JOBS) $(PYTEST)
 	@ls -l dist/*.whl
 
