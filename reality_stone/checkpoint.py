@@ -396,16 +396,7 @@ def part_of_plan(quantization: Any, names: Container[str]) -> Any:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory as an object."""
     path = directory / CONFIG
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG)
-        config = json.loads(raw.decode("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: this is not valid JSON: {error}") from None
+    config = tensorfile.read_json(path, MAX_CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a configuration must be a JSON object")
     return config

@@ -73,7 +73,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{directory}: the tokenizer cannot be loaded: {_first(error)}") from error
+        raise ValueError(
+            f"{directory}: the tokenizer cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -139,14 +141,21 @@ def check_tokens(model: nn.Module, tokens: Tensor, directory: str | os.PathLike[
     return tokens
 
 
+def model_class(transformers: ModuleType, name: Any) -> type | None:
+    """The model class of transformers that has this name, if there is one."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else None
+
+
 def _class(transformers: ModuleType, config: dict[str, Any], directory: Path) -> Any:
     """The model class that a config names."""
     names = config.get("architectures")
     if not names:
         return transformers.AutoModelForCausalLM
     name = names[0] if isinstance(names, list) else names
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    found = model_class(transformers, name)
+    if found is None:
         raise ValueError(
             f"{directory}: config.json names the architecture {name!r:.200}, which transformers "
             f"{transformers.__version__} does not have"
@@ -154,11 +163,11 @@ def _class(transformers: ModuleType, config: dict[str, Any], directory: Path) ->
     return found
 
 
-def _dense(model_class: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
+def _dense(kind: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
     try:
-        return model_class.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        return kind.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{directory}: the model cannot be loaded: {_first(error)}") from error
+        raise ValueError(f"{directory}: the model cannot be loaded: {first_line(error)}") from error
 
 
 def _empty(
@@ -170,15 +179,15 @@ def _empty(
     """The model of a config with memory that is reserved but not filled; `load` fills all of it."""
     from transformers.initialization import no_init_weights
 
-    model_class = _class(transformers, config, opened.directory)
+    kind = _class(transformers, config, opened.directory)
     try:
         known = transformers.AutoConfig.for_model(**config)
-        make = getattr(model_class, "_from_config", None) or model_class.from_config
+        make = getattr(kind, "_from_config", None) or kind.from_config
         with no_init_weights():
             model = make(known, dtype=dtype)
     except Exception as error:
         raise ValueError(
-            f"{opened.directory}: no model can be built from config.json: {_first(error)}"
+            f"{opened.directory}: no model can be built from config.json: {first_line(error)}"
         ) from error
     model.tie_weights()
     generation = opened.directory / "generation_config.json"
@@ -186,12 +195,12 @@ def _empty(
         try:
             settings = transformers.GenerationConfig.from_pretrained(str(opened.directory))
         except Exception as error:
-            raise ValueError(f"{generation}: cannot be read: {_first(error)}") from error
+            raise ValueError(f"{generation}: cannot be read: {first_line(error)}") from error
         model.generation_config = settings
     return model
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of a message: those of transformers go on for many."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

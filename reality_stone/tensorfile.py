@@ -344,6 +344,19 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> Entry:
     return Entry(name, DTYPES[dtype], tuple(shape), begin + offsets[0], begin + offsets[1], path)
 
 
+def read_json(path: Path, most: int = MAX_HEADER) -> Any:
+    """The value in a JSON file of at most so many bytes. Raises FileNotFoundError or ValueError."""
+    try:
+        with path.open("rb") as file:
+            return json.loads(file.read(most).decode("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: this is not valid JSON: {error}") from None
+
+
 def is_sizes(value: Any) -> bool:
     """Whether a JSON value is a list of sizes that are safe to compute with."""
     return (

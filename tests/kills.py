@@ -12,7 +12,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +23,19 @@ from pathlib import Path
 import torch
 
 from reality_stone.streaming import compress_checkpoint, journal
+
+
+def run(source: Path, *options: str) -> list[dict]:
+    """What this program prints for `source` and these options; for tests."""
+    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing there
+    with tempfile.TemporaryDirectory(dir=home) as directory:
+        done = subprocess.run(
+            [sys.executable, __file__, source, directory, *options],
+            capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def child(work: Callable[[], object]) -> int:

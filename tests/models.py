@@ -60,3 +60,28 @@ def language_model(directory: Path) -> Path:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     (directory / "text.txt").write_text(text(2000))
     return directory
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Logits of the next token from this one, through residual blocks."""
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import Stack
 from torch import nn
 
 import reality_stone as rs
@@ -75,33 +76,10 @@ def test_curvature_at_logits_is_the_covariance_of_the_labels():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(64, 32)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    dense = Stack().eval()
+    dense = Stack(3).eval()
     packed = copy.deepcopy(dense)
     rs.compress(packed, bits=2, progress=False, skip=["head"])
     return dense, packed
@@ -185,7 +163,7 @@ def test_a_teacher_with_other_layers_is_refused(models, tokens):
     with pytest.raises(ValueError, match="blocks"):
         reconstruct(packed, Head(), tokens, progress=False)
     with pytest.raises(ValueError, match="no compressed layers"):
-        reconstruct(Stack(), Stack(), tokens, progress=False)
+        reconstruct(Stack(3), Stack(3), tokens, progress=False)
     with pytest.raises(ValueError, match="steps"):
         reconstruct(packed, packed, tokens, steps=0, progress=False)
     with pytest.raises(ValueError, match="precision"):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import Stack
 from torch import nn
 
 import reality_stone as rs
@@ -14,31 +15,6 @@ from reality_stone.curvature import OutputSide, output_curvature, some_rows
 from reality_stone.nn import RBELinear
 
 CODEC = "uniform(bits=2, group=32)"
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Next(nn.Module):
-    """Logits of the next token from this one."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(64, 32)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 def chain(rows: int, seed: int) -> torch.Tensor:
@@ -54,7 +30,7 @@ def chain(rows: int, seed: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    model, tokens = Next(), chain(64, 1)
+    model, tokens = Stack(2), chain(64, 1)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(100):
         logits = model(tokens[:, :-1]).flatten(0, 1)
@@ -206,11 +182,11 @@ def test_what_has_no_likelihood_is_refused_before_anything_changes(model):
         rs.compress(net, calibration=torch.randn(64, 64), curvature=True, progress=False)
     assert isinstance(net[0], nn.Linear)
 
-    class Encoder(Next):
+    class Encoder(Stack):
         def forward(self, tokens):
             return (super().forward(tokens),)
 
-    encoder = Encoder()
+    encoder = Encoder(2)
     with pytest.raises(ValueError, match="curvature is of a language model's likelihood"):
         rs.compress(encoder, **OPTIONS, plan=[("embed", CODEC)], curvature=True)
     assert isinstance(encoder.embed, nn.Embedding)

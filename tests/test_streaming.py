@@ -7,10 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
+import kills
 import pytest
 import torch
 
@@ -382,16 +382,7 @@ def test_sources_that_cannot_be_compressed_are_refused_in_one_sentence(dense, tm
 
 
 def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(matrices):
-    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing there
-    with tempfile.TemporaryDirectory(dir=home) as directory:
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("kills.py"), matrices, directory,
-             "--times", "20", "--steps", "12", "--codec", CODEC],
-            capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = kills.run(matrices, "--times", "20", "--steps", "12", "--codec", CODEC)
     assert len(found) == 32
     for run in found:
         assert run["killed"], run

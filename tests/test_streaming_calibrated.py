@@ -2,14 +2,10 @@
 
 import contextlib
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import kills
 import pytest
 import torch
 from test_streaming import CODEC, content, interrupt_after, tensors
@@ -155,16 +151,7 @@ def test_one_dense_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(dense):
-    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing there
-    with tempfile.TemporaryDirectory(dir=home) as directory:
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("kills.py"), dense, directory,
-             "--times", "2", "--steps", "3", "--codec", CODEC, "--windows", "8"],
-            capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = kills.run(dense, "--times", "2", "--steps", "3", "--codec", CODEC, "--windows", "8")
     assert len(found) == 5
     for run in found:
         assert run["killed"], run

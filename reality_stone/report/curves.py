@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import tensorfile
 from ..training import TrainingReport
 from .page import Section
 from .plots import Series, line_plot
@@ -34,14 +34,7 @@ class Log:
         Raises FileNotFoundError, or ValueError in one sentence.
         """
         path = Path(path)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: there is no such file") from None
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: this is not valid JSON: {error}") from None
+        found = tensorfile.read_json(path)
         record = found.get("training", found) if isinstance(found, dict) else None
         if not isinstance(record, dict) or not _is_numbers(record.get("losses")):
             raise ValueError(f"{path}: this is no training report: it has no list of losses")

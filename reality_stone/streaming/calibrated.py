@@ -280,4 +280,4 @@ def _needs_whole(layout: Layout, reason: str) -> NeedsWholeModel:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return hf.first_line(error)[:300]

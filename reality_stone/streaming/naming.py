@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import hf
 from ..tensorfile import Entry, Header
 from .recipes import Recipe
 
@@ -40,7 +41,7 @@ def model_on_meta(config: Mapping[str, Any]) -> tuple[nn.Module | None, str]:
             model = _class_of(transformers, config)(known)
         model.tie_weights()
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = hf.first_line(error)
         return None, f"transformers cannot build the model of config.json ({first:.300})"
     return model.eval(), ""
 
@@ -82,10 +83,7 @@ def _class_of(transformers: Any, config: Mapping[str, Any]) -> Callable[[Any], n
     """The class that config.json names, otherwise a causal language model."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    return transformers.AutoModelForCausalLM.from_config
+    return hf.model_class(transformers, name) or transformers.AutoModelForCausalLM.from_config
 
 
 def recipes(model: nn.Module, header: Header) -> dict[str, Recipe]:
