@@ -17,7 +17,7 @@ SOURCES := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.c
 
 # Three targets: A100, H100 with its own instructions, and code for what comes after it.
 NVCC ?= nvcc
-NVCC_FLAGS := -std=c++20 -O3 --fmad=false -Werror all-warnings \
+NVCC_FLAGS := -std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Werror all-warnings \
   -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
   -gencode arch=compute_90,code=compute_90
 CUDA_OBJECTS := $(patsubst csrc/cuda/%.cu,build/cuda/%.o,$(wildcard csrc/cuda/*.cu))
@@ -27,7 +27,7 @@ COMPAT := 5.17.0 5.23.0
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%.py,\
   hf peft checkpoint models streaming shards minilm layers norms compile report_directory))
 
-.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda check-nvcc build clean distclean check-tools
+.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda emulated check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -106,6 +106,27 @@ build/cuda/%.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h
 	@mkdir -p $(@D)
 	@$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 	@echo "compiled $<"
+
+# The same kernels and their bindings as C++, with the threads of a block as fibers, and their tests.
+EMULATED := build/emulated
+EMULATED_FLAGS = -std=c++20 -O1 -g0 -fPIC -fopenmp -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-sign-compare -Itests/emulation \
+  -DRS_CUDA_LIBRARY=reality_stone_emulated,CPU $(shell $(PY) -c 'from torch.utils.cpp_extension import include_paths as p; \
+  import torch; print(*("-isystem" + d for d in p()), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")')
+EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp) tests/emulation/emulation.cpp
+EMULATED_OBJECTS := $(EMULATED_SOURCES:%=$(EMULATED)/%.o)
+
+emulated: $(EMULATED)/cuda.so
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) tests/test_cuda.py $(PYTEST)
+
+$(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
+	@$(CXX) -shared -o $@ $^ $$(find build/temp.* -name '*.o' -not -name library.o -not -name python.o -not -path '*/cuda/*') \
+	  -fopenmp $$($(PY) -c 'from torch.utils.cpp_extension import library_paths as p; print(*("-L" + d for d in p()))') \
+	  -lc10 -ltorch -ltorch_cpu
+
+$(EMULATED)/%.o: % $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*.cuh tests/emulation/*.h) | $(BUILT)
+	@mkdir -p $(@D)
+	@$(CXX) -x c++ $(EMULATED_FLAGS) -c $< -o $@
+	@echo "emulated $<"
 
 check-nvcc:
 	@command -v $(NVCC) > /dev/null || { \

@@ -41,7 +41,13 @@ def extension():
     flags += os.environ.get("REALITY_STONE_CXXFLAGS", "").split()
     compile_args = {"cxx": flags}
     if WITH_CUDA:
-        compile_args["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo"]
+        compile_args["nvcc"] = [
+            "-O3",
+            "-std=c++20",
+            "--fmad=false",
+            "--expt-relaxed-constexpr",
+            "-lineinfo",
+        ]
     kind = CUDAExtension if WITH_CUDA else CppExtension
     return kind(
         "reality_stone._C",

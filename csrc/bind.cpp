@@ -104,6 +104,32 @@ void check_activation(const char* name, const at::Tensor& x, int64_t features,
                     features, " features, got shape ", x.sizes());
 }
 
+void check_batches(const at::Tensor& grad, const at::Tensor& x, int64_t out, int64_t in,
+                   c10::string_view codec) {
+  check_activation("x", x, in, codec);
+  check_activation("grad", grad, out, codec);
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
+                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ",
+                    grad.sizes());
+}
+
+void check_weight_gradient(const at::Tensor& grad, at::IntArrayRef shape, c10::string_view codec) {
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, codec, ": grad must be float32, got ",
+                   grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.sizes() == shape, codec, ": grad must have shape ", shape, ", got ",
+                    grad.sizes());
+}
+
+void check_hadamard(const at::Tensor& x, int64_t block) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
+                       x.scalar_type() == at::kBFloat16,
+                   "hadamard: x must be float32, float16 or bfloat16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(
+      block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
+      "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
+      x.sizes());
+}
+
 const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
                                       c10::string_view layout) {
   const BitLayout* found = bit_layout({layout.data(), layout.size()});

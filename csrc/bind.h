@@ -28,6 +28,11 @@ Bound bind_layers(const at::Tensor& codes, at::TensorList params, c10::string_vi
 // x must be float32, float16 or bfloat16 with `features` as its last size.
 void check_activation(const char* name, const at::Tensor& x, int64_t features,
                       c10::string_view codec);
+// Of the gradients of params: grad (..., out) and x (..., in) of the same batch; dLoss/dW.
+void check_batches(const at::Tensor& grad, const at::Tensor& x, int64_t out, int64_t in,
+                   c10::string_view codec);
+void check_weight_gradient(const at::Tensor& grad, at::IntArrayRef shape, c10::string_view codec);
+void check_hadamard(const at::Tensor& x, int64_t block);
 // Of bit_derivative: the layout's row, for codes that are int32 and an order that is not negative.
 const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
                                       c10::string_view layout);

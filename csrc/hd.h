@@ -6,8 +6,12 @@
 
 #ifdef __CUDACC__
 #define RS_HD __host__ __device__ __forceinline__
+// A table of constants that such helpers index; in a .cu file their host halves are never called.
+#define RS_TABLE [[maybe_unused]] static __device__ constexpr
+#pragma nv_diag_suppress 20091
 #else
 #define RS_HD inline
+#define RS_TABLE inline constexpr
 #endif
 
 namespace rs {

@@ -19,8 +19,9 @@
 
 namespace rs {
 
-constexpr int kAdaptiveBits[3] = {2, 6, 12}, kAdaptiveTop[3] = {3, 63, 4095};
-constexpr float kAdaptiveUnit[3] = {1.0f / 3, 1.0f / 63, 1.0f / 4095};
+RS_TABLE int kAdaptiveBits[3] = {2, 6, 12};
+RS_TABLE int kAdaptiveTop[3] = {3, 63, 4095};
+RS_TABLE float kAdaptiveUnit[3] = {1.0f / 3, 1.0f / 63, 1.0f / 4095};
 constexpr int kAdaptiveGroup = 16;
 
 // How many groups of a window are of each class.
@@ -36,15 +37,14 @@ struct AdaptivePrecision {
   struct Tables {
     const float* scale;
     int64_t tiles, groups, bytes;
-    explicit Tables(const Layer& layer)
+    template <class L>
+    RS_HD explicit Tables(const L& layer)
         : scale(layer.params[0]),
           tiles(layer.tile_cols()),
           groups(layer.tile.cols / kAdaptiveGroup),
           bytes(layer.tile.bytes) {}
   };
-  struct Grad {
-    void finish(const Tables&, float* const*) const {}
-  };
+  static constexpr int kSums = 0;
 
   RS_HD static int kind(const uint8_t* tile, int64_t group) {
     const int stored = tile[group / 4] >> (2 * (group % 4)) & 3;
@@ -76,12 +76,12 @@ struct AdaptivePrecision {
     for (int j = 0; j < kAdaptiveGroup; ++j) w[j] = 0;
     levels(tile, group, t, [&](int j, float level) { w[j] = mul(level, scale); });
   }
-  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int group, const Tables& t,
-                      const float* dw, Grad&, float* const* grads) {
-    if (!grads[0]) return;
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int group,
+                            const Tables& t, const float* dw, Sums& sums) {
     float sum = 0;
     levels(tile, group, t, [&](int j, float level) { sum += level * dw[j]; });
-    grads[0][(row * t.tiles + col) * 3 + kind(tile, group)] += sum;
+    sums.own(0, (row * t.tiles + col) * 3 + kind(tile, group), sum);
   }
 };
 

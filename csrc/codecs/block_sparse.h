@@ -31,21 +31,20 @@ RS_HD uint32_t first_four(uint32_t mask) {
   return mask ^ rest;
 }
 
-// One private sum per range of rows, in float64 since it has as many terms as the range weights.
-struct BlockSparseGrad {
-  double scale = 0;
+// The only shared sum: the gradient of value_scale.
+struct BlockSparseSums {
+  static constexpr int kSums = 1, kGain = 1024, kFolds = 1;
   template <class Tables>
-  void finish(const Tables&, float* const* grads) const {
-    if (grads[0]) grads[0][0] += static_cast<float>(scale);
+  RS_HD static void fold(int, const Tables&, const double* sum, float* const* grads) {
+    if (grads[0]) grads[0][0] += static_cast<float>(*sum);
   }
 };
 
 template <bool Mask16>
-struct SquareSparse {
+struct SquareSparse : BlockSparseSums {
   static constexpr int kUnit = 4;  // a row of the tile
   static constexpr int kBytes = Mask16 ? 6 : 5, kValues = kBytes - 4;
   enum Param { kScale, kMasks };
-  using Grad = BlockSparseGrad;
 
   struct Tables {
     float scale;
@@ -80,15 +79,15 @@ struct SquareSparse {
     for (int j = 0; j < 4; ++j) w[j] = 0;
     row(tile, i, t, [&](int j, float v) { w[j] = mul(v, t.scale); });
   }
-  static void adjoint(const uint8_t* tile, int64_t, int64_t, int i, const Tables& t,
-                      const float* dw, Grad& grad, float* const*) {
-    row(tile, i, t, [&](int j, float v) { grad.scale += static_cast<double>(v) * dw[j]; });
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int i, const Tables& t,
+                            const float* dw, Sums& sums) {
+    row(tile, i, t, [&](int j, float v) { sums.shared(0, v * dw[j]); });
   }
 };
 
-struct RowSparse {
+struct RowSparse : BlockSparseSums {
   static constexpr int kUnit = 8;
-  using Grad = BlockSparseGrad;
 
   // cosine[phase][j] = cos(2 pi (phase/256 + j/8))
   struct Cosines {
@@ -117,12 +116,13 @@ struct RowSparse {
     const float size = mul(base(tile), t.scale);
     for (int j = 0; j < 8; ++j) w[j] = tile[0] >> j & 1 ? mul(size, t.cosine.at[tile[2]][j]) : 0.0f;
   }
-  static void adjoint(const uint8_t* tile, int64_t, int64_t, int, const Tables& t, const float* dw,
-                      Grad& grad, float* const*) {
-    double sum = 0;
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int, const Tables& t,
+                            const float* dw, Sums& sums) {
+    float sum = 0;
     for (int j = 0; j < 8; ++j)
-      if (tile[0] >> j & 1) sum += static_cast<double>(t.cosine.at[tile[2]][j]) * dw[j];
-    grad.scale += base(tile) * sum;
+      if (tile[0] >> j & 1) sum += t.cosine.at[tile[2]][j] * dw[j];
+    sums.shared(0, base(tile) * sum);
   }
 };
 

@@ -5,11 +5,13 @@
 
 #include <cstdint>
 
+#include "../hd.h"
+
 namespace rs {
 
 // T[d][p] = round(127 cos(2 pi p / 16 + d pi / 2)): row d is the d-th derivative of row 0, and
 // T[d][p] == T[0][(p + 4 d) & 15].
-inline constexpr int8_t kCyclic[4][16] = {
+RS_TABLE int8_t kCyclic[4][16] = {
     {127, 117, 90, 49, 0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117},
     {0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117, 127, 117, 90, 49},
     {-127, -117, -90, -49, 0, 49, 90, 117, 127, 117, 90, 49, 0, -49, -90, -117},
@@ -56,7 +58,7 @@ inline constexpr Cyclic256 kCyclic256;
 //          2  exp(x) / e, its own derivative
 //          3  tanh(2x) and its three derivatives, each over the largest magnitude among the sixteen
 // times 127, rounded.
-inline constexpr int8_t kCyclicScalar[4][4][16] = {
+RS_TABLE int8_t kCyclicScalar[4][4][16] = {
     {{127, 117, 90, 49, 0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117},
      {0, -49, -90, -117, -127, -117, -90, -49, 0, 49, 90, 117, 127, 117, 90, 49},
      {-127, -117, -90, -49, 0, 49, 90, 117, 127, 117, 90, 49, 0, -49, -90, -117},

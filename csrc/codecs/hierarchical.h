@@ -36,7 +36,7 @@ struct HierarchicalTile {
 };
 
 struct MulMode {
-  static constexpr int kEntries = 4;
+  static constexpr int kEntries = 4, kGain = 64;
 
   RS_HD static float factor(uint32_t base, uint32_t) {
     return static_cast<float>(static_cast<int16_t>(base)) * (1.0f / 512);
@@ -45,7 +45,7 @@ struct MulMode {
 };
 
 struct XorMode {
-  static constexpr int kEntries = kXorLevels;
+  static constexpr int kEntries = kXorLevels, kGain = 1;
 
   RS_HD static uint32_t code(uint32_t base, uint32_t delta) {
     return base ^ (delta == 0 ? 0u : delta == 1 ? 0x00F0u : delta == 2 ? 0x0F00u : 0x00FFu);
@@ -68,17 +68,14 @@ struct Hierarchical {
 
   struct Tables {
     const float* table;
-    explicit Tables(const Layer& layer) : table(layer.params[kTable]) {}
+    template <class L>
+    RS_HD explicit Tables(const L& layer) : table(layer.params[kTable]) {}
   };
-  // Sums of many terms, hence in float64.
-  struct Grad {
-    double value[Mode::kEntries] = {};
-
-    void finish(const Tables&, float* const* grads) const {
-      if (!grads[kTable]) return;
-      for (int i = 0; i < Mode::kEntries; ++i) grads[kTable][i] += static_cast<float>(value[i]);
-    }
-  };
+  // Shared sums: the gradient of the table.
+  static constexpr int kSums = Mode::kEntries, kGain = Mode::kGain, kFolds = kSums;
+  RS_HD static void fold(int i, const Tables&, const double* sum, float* const* grads) {
+    if (grads[kTable]) grads[kTable][i] += static_cast<float>(sum[i]);
+  }
 
   RS_HD static void decode(const uint8_t* bytes, int64_t, int64_t, int, const Tables& t, float* w) {
     const HierarchicalTile tile(bytes);
@@ -86,12 +83,13 @@ struct Hierarchical {
       w[i] = mul(Mode::factor(tile.base, tile.delta(i)),
                  t.table[Mode::entry(tile.base, tile.delta(i))]);
   }
-  static void adjoint(const uint8_t* bytes, int64_t, int64_t, int, const Tables&, const float* dw,
-                      Grad& grad, float* const*) {
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* bytes, int64_t, int64_t, int, const Tables&,
+                            const float* dw, Sums& sums) {
     const HierarchicalTile tile(bytes);
     for (int i = 0; i < kUnit; ++i)
-      grad.value[Mode::entry(tile.base, tile.delta(i))] +=
-          Mode::factor(tile.base, tile.delta(i)) * dw[i];
+      sums.shared(Mode::entry(tile.base, tile.delta(i)),
+                  Mode::factor(tile.base, tile.delta(i)) * dw[i]);
   }
 };
 

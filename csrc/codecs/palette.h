@@ -59,18 +59,15 @@ struct Palette {
   struct Tables {
     const float* codebook;
     int64_t groups;
-    explicit Tables(const Layer& layer)
+    template <class L>
+    RS_HD explicit Tables(const L& layer)
         : codebook(layer.params[kCodebook]), groups(layer.tile_cols()) {}
   };
-  // The shared codebook's gradient: sums of many terms, hence in float64.
-  struct Grad {
-    double value[kValues] = {};
-
-    void finish(const Tables&, float* const* grads) const {
-      if (Grouped || !grads[kCodebook]) return;
-      for (int i = 0; i < kValues; ++i) grads[kCodebook][i] += static_cast<float>(value[i]);
-    }
-  };
+  // Shared sums: the gradient of the shared codebook.
+  static constexpr int kSums = Grouped ? 0 : kValues, kGain = 1, kFolds = kSums;
+  RS_HD static void fold(int i, const Tables&, const double* sum, float* const* grads) {
+    if (grads[kCodebook]) grads[kCodebook][i] += static_cast<float>(sum[i]);
+  }
 
   RS_HD static int64_t first_value(int64_t row, int64_t col, const Tables& t) {
     return Grouped ? (row * t.groups + col) * kValues : 0;
@@ -80,15 +77,15 @@ struct Palette {
     const float* entry = t.codebook + first_value(row, col, t) + Index::read(tile, unit) * kUnit;
     for (int k = 0; k < kUnit; ++k) w[k] = entry[k];
   }
-  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int unit, const Tables& t,
-                      const float* dw, Grad& grad, float* const* grads) {
-    const uint32_t at = Index::read(tile, unit) * kUnit;
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int unit,
+                            const Tables& t, const float* dw, Sums& sums) {
+    const int64_t at = first_value(row, col, t) + Index::read(tile, unit) * kUnit;
     for (int k = 0; k < kUnit; ++k) {
-      if constexpr (!Grouped) {
-        grad.value[at + k] += dw[k];
-      } else if (grads[kCodebook]) {
-        grads[kCodebook][first_value(row, col, t) + at + k] += dw[k];
-      }
+      if constexpr (Grouped)
+        sums.own(kCodebook, at + k, dw[k]);
+      else
+        sums.shared(at + k, dw[k]);
     }
   }
 };

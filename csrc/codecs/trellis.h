@@ -98,25 +98,33 @@ struct Trellis {
     tables.point(state(tile, n), w);
   }
 
-  // Gradient of the table's points, folded into radius and angle at the end of a row range.
-  struct Grad {
-    float u[1024] = {}, v[1024] = {};
+  // Shared sums: the gradient of the table's points, all u and then all v.
+  static constexpr int kSums = 2048, kGain = 1;
 
-    void finish(const Tables& t, float* const* grads) const {
-      for (int i = 0; i < 1024; ++i) {
-        const int amp = i & 63, phase = i >> 6;
-        if (grads[kRadius]) grads[kRadius][amp] += t.cosine[phase] * u[i] + t.sine[phase] * v[i];
-        if (grads[kAngle])  // the adjoint of a turn: (du, dv) . (-v, u)
-          grads[kAngle][phase] += t.radius[amp] * (t.cosine[phase] * v[i] - t.sine[phase] * u[i]);
-      }
-    }
-  };
-
-  static void adjoint(const uint8_t* tile, int64_t, int64_t, int n, const Tables&, const float* dw,
-                      Grad& grad, float* const*) {
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int n, const Tables&,
+                            const float* dw, Sums& sums) {
     const uint32_t p = state(tile, n) * kTrellisMultiplier, i = (p >> 21) & 1023;
-    grad.u[i] += p >> 31 ? -dw[0] : dw[0];
-    grad.v[i] += (p >> 15) & 1 ? -dw[1] : dw[1];
+    sums.shared(i, p >> 31 ? -dw[0] : dw[0]);
+    sums.shared(1024 + i, (p >> 15) & 1 ? -dw[1] : dw[1]);
+  }
+
+  static constexpr int kFolds = kTrellisRadii + kTrellisAngles;
+  RS_HD static void fold(int f, const Tables& t, const double* sum, float* const* grads) {
+    const double *u = sum, *v = sum + 1024;
+    double d = 0;
+    if (f < kTrellisRadii) {
+      for (int phase = 0; phase < kTrellisAngles; ++phase)
+        d += t.cosine[phase] * u[64 * phase + f] + t.sine[phase] * v[64 * phase + f];
+      if (grads[kRadius]) grads[kRadius][f] += static_cast<float>(d);
+      return;
+    }
+    const int phase = f - kTrellisRadii;  // the adjoint of a turn: (du, dv) . (-v, u)
+    for (int amp = 0; amp < kTrellisRadii; ++amp) {
+      const int i = 64 * phase + amp;
+      d += t.radius[amp] * (t.cosine[phase] * v[i] - t.sine[phase] * u[i]);
+    }
+    if (grads[kAngle]) grads[kAngle][phase] += static_cast<float>(d);
   }
 };
 

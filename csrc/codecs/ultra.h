@@ -48,20 +48,17 @@ struct Ultra {
     for (int j = 0; j < 4; ++j) w[j] = t.vector[index(tile, i)][j];
   }
 
-  struct Grad {
-    float vector[kVectors][4] = {};
-
-    void finish(const Tables& t, float* const* grads) const {
-      if (!grads[kCodebook]) return;
-      for (int k = 0; k < kVectors; ++k)
-        for (int j = 0; j < 4; ++j)
-          grads[kCodebook][4 * k + place(t.transform, j)] +=
-              t.transform & 1 ? -vector[k][j] : vector[k][j];
-    }
-  };
-  static void adjoint(const uint8_t* tile, int64_t, int64_t, int i, const Tables&, const float* dw,
-                      Grad& grad, float* const*) {
-    for (int j = 0; j < 4; ++j) grad.vector[index(tile, i)][j] += dw[j];
+  // Shared sums: the gradient of the vectors as the layer sees them.
+  static constexpr int kSums = 4 * kVectors, kGain = 1, kFolds = kSums;
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int i, const Tables&,
+                            const float* dw, Sums& sums) {
+    for (int j = 0; j < 4; ++j) sums.shared(4 * index(tile, i) + j, dw[j]);
+  }
+  RS_HD static void fold(int f, const Tables& t, const double* sum, float* const* grads) {
+    if (!grads[kCodebook]) return;
+    const auto value = static_cast<float>(sum[f]);
+    grads[kCodebook][(f & ~3) + place(t.transform, f & 3)] += t.transform & 1 ? -value : value;
   }
 };
 

@@ -23,14 +23,13 @@ struct Uniform {
   struct Tables {
     const float *scale, *zero;
     int64_t groups;
-    explicit Tables(const Layer& layer)
+    template <class L>
+    RS_HD explicit Tables(const L& layer)
         : scale(layer.params[kScale]),
           zero(Symmetric ? nullptr : layer.params[kZero]),
           groups(layer.tile_cols()) {}
   };
-  struct Grad {
-    void finish(const Tables&, float* const*) const {}
-  };
+  static constexpr int kSums = 0;
 
   // Code relative to its zero.
   RS_HD static float level(const uint8_t* tile, int64_t group, int j, const Tables& t) {
@@ -43,13 +42,12 @@ struct Uniform {
     const int64_t group = row * t.groups + col;
     *w = mul(level(tile, group, j, t), t.scale[group]);
   }
-  static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t,
-                      const float* dw, Grad&, float* const* grads) {
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t row, int64_t col, int j, const Tables& t,
+                            const float* dw, Sums& sums) {
     const int64_t group = row * t.groups + col;
-    if (grads[kScale]) grads[kScale][group] += level(tile, group, j, t) * *dw;
-    if constexpr (!Symmetric) {
-      if (grads[kZero]) grads[kZero][group] -= t.scale[group] * *dw;
-    }
+    sums.own(kScale, group, level(tile, group, j, t) * *dw);
+    if constexpr (!Symmetric) sums.own(kZero, group, -t.scale[group] * *dw);
   }
 };
 

@@ -35,20 +35,17 @@ struct VqCyclic {
   struct Tables {
     const float* prototypes;
     int block;
-    explicit Tables(const Layer& layer)
+    template <class L>
+    RS_HD explicit Tables(const L& layer)
         : prototypes(layer.params[kPrototypeValues]),
           block(static_cast<int>(layer.tile.cols / 4)) {}
   };
-  // Sums of many terms, hence in float64.
-  struct Grad {
-    double value[kPrototypes * kVqLargestBlock] = {};
-
-    void finish(const Tables& t, float* const* grads) const {
-      if (!grads[kPrototypeValues]) return;
-      for (int i = 0; i < kPrototypes * t.block; ++i)
-        grads[kPrototypeValues][i] += static_cast<float>(value[i]);
-    }
-  };
+  // Shared sums: the gradient of the prototypes, 16 * block of them.
+  static constexpr int kSums = kPrototypes * kVqLargestBlock, kGain = 1, kFolds = kSums;
+  RS_HD static void fold(int i, const Tables& t, const double* sum, float* const* grads) {
+    if (i < kPrototypes * t.block && grads[kPrototypeValues])
+      grads[kPrototypeValues][i] += static_cast<float>(sum[i]);
+  }
 
   RS_HD static void decode(const uint8_t* tile, int64_t, int64_t, int unit, const Tables& t,
                            float* w) {
@@ -58,12 +55,13 @@ struct VqCyclic {
       w[k] = vq_negative(code) ? -value : value;
     }
   }
-  static void adjoint(const uint8_t* tile, int64_t, int64_t, int unit, const Tables& t,
-                      const float* dw, Grad& grad, float* const*) {
+  template <class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int unit, const Tables& t,
+                            const float* dw, Sums& sums) {
     const uint32_t code = vq_code(tile, unit * kUnit / t.block);
     for (int k = 0; k < kUnit; ++k)
-      grad.value[vq_source(code, unit * kUnit % t.block + k, t.block)] +=
-          vq_negative(code) ? -dw[k] : dw[k];
+      sums.shared(vq_source(code, unit * kUnit % t.block + k, t.block),
+                  vq_negative(code) ? -dw[k] : dw[k]);
   }
 };
 

@@ -2,7 +2,12 @@
 //   kUnit                                    weights one call decodes, consecutive in the tile
 //   Tables(layer)                            what is computed once per call
 //   decode(tile, row, col, unit, tables, w)  tile coordinates choose the tile's own params
-//   adjoint(..., dw, grad, grads), Grad      see codecs/trellis.h for a codec that uses all of it
+//   adjoint(tile, row, col, unit, tables, dw, sums)   the unit's terms of the params' gradients:
+//                      sums.own(param, i, v) for an entry that only this tile uses,
+//                      sums.shared(i, v) for sum i of kSums over all weights, |v| <= kGain max |dw|
+//   fold(f, tables, sum, grads)     f < kFolds: adds to one entry of a shared param what the shared
+//                      sums make of it; see codecs/trellis.h
+// The loops of cuda/loops.cuh are over the same members.
 // Every fast slot is tested against these.
 #pragma once
 
@@ -36,16 +41,29 @@ void decode_loop(const Layer& layer, int64_t row0, int64_t row1, float* w) {
                        });
 }
 
+// Shared sums have as many terms as the row range has weights, hence float64.
+struct Sums {
+  double* sum;
+  float* const* grads;
+
+  void shared(int64_t i, float v) { sum[i] += v; }
+  void own(int param, int64_t i, float v) {
+    if (grads[param]) grads[param][i] += v;
+  }
+};
+
 template <class Codec>
 void adjoint_loop(const Layer& layer, int64_t row0, int64_t row1, const float* dw,
                   float* const* grads) {
   const typename Codec::Tables tables(layer);
-  auto grad = std::make_unique<typename Codec::Grad>();
+  const auto sum = std::make_unique<double[]>(Codec::kSums);
+  Sums sums{sum.get(), grads};
   for_each_unit<Codec>(layer, row0, row1,
                        [&](const uint8_t* tile, int64_t tr, int64_t tc, int unit, int64_t at) {
-                         Codec::adjoint(tile, tr, tc, unit, tables, dw + at, *grad, grads);
+                         Codec::adjoint(tile, tr, tc, unit, tables, dw + at, sums);
                        });
-  grad->finish(tables, grads);
+  if constexpr (Codec::kSums > 0)
+    for (int f = 0; f < Codec::kFolds; ++f) Codec::fold(f, tables, sum.get(), grads);
 }
 
 }  // namespace rs

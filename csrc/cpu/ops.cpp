@@ -412,11 +412,7 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
                            at::TensorList params, c10::string_view codec, at::IntArrayRef sizes) {
   const Bound bound = bind_layers(codes, params, codec, sizes);
   const auto [out, in] = bound.shape;
-  check_activation("x", x, in, codec);
-  check_activation("grad", grad, out, codec);
-  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == grad.sizes().slice(0, grad.dim() - 1), codec,
-                    ": x and grad must have the same batch shape, got ", x.sizes(), " and ",
-                    grad.sizes());
+  check_batches(grad, x, out, in, codec);
   const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
   const at::Tensor x_rows = flat(x, in).to(type), g_rows = flat(grad, out).to(type);
   at::Tensor product;
@@ -435,10 +431,7 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
 Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
                            c10::string_view codec, at::IntArrayRef sizes) {
   const Bound bound = bind_layers(codes, params, codec, sizes);
-  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, codec, ": grad must be float32, got ",
-                   grad.scalar_type());
-  TORCH_CHECK_VALUE(grad.sizes() == sizes, codec, ": grad must have shape ", sizes, ", got ",
-                    grad.sizes());
+  check_weight_gradient(grad, sizes, codec);
   return grad_params(bound, params,
                      [&](int64_t r, at::Tensor dw) { dw.copy_(grad.narrow(0, r, dw.size(0))); });
 }
@@ -524,13 +517,7 @@ std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
 }
 
 at::Tensor hadamard(const at::Tensor& x, int64_t block) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
-                       x.scalar_type() == at::kBFloat16,
-                   "hadamard: x must be float32, float16 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(
-      block >= 1 && (block & (block - 1)) == 0 && x.dim() >= 1 && x.size(-1) % block == 0,
-      "hadamard: block must be a power of two that divides the last size, got ", block, " for ",
-      x.sizes());
+  check_hadamard(x, block);
   if (!x.numel() || block == 1) return x.clone(at::MemoryFormat::Contiguous);
   const int64_t n = x.size(-1);
   return through_frame(flat(x, n), n, n, nullptr, block, nullptr, x.scalar_type()).view(x.sizes());

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "grid.cuh"
+
 namespace rs::cuda {
 namespace {
 
@@ -36,9 +38,10 @@ cudaError_t bit_derivative(const BitLayout& layout, const int32_t* codes, int or
   for (int64_t begin = 0; begin < n; begin += kLaunch) {
     const int64_t count = std::min(kLaunch, n - begin);
     const auto blocks = static_cast<unsigned>((count + kBlock - 1) / kBlock);
-    bit_derivative_kernel<<<blocks, kThreads, 0, stream>>>(layout, codes + begin, order & 3, count,
-                                                           out + begin);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    if (const cudaError_t error = run(bit_derivative_kernel, blocks, kThreads, 0, stream, layout,
+                                      codes + begin, order & 3, count, out + begin);
+        error != cudaSuccess)
+      return error;
   }
   return cudaSuccess;
 }

@@ -1,6 +1,4 @@
-// The ops that have CUDA kernels. On a GPU the others run in plain torch (reality_stone/ops.py).
-#include <torch/library.h>
-
+// bit_derivative on CUDA tensors. Ops without a kernel run in plain torch (reality_stone/ops.py).
 #include "../bind.h"
 #include "derivative.h"
 #include "launch.h"
@@ -22,6 +20,4 @@ at::Tensor bit_derivative_op(const at::Tensor& codes, int64_t order, c10::string
 }  // namespace
 }  // namespace rs::cuda
 
-TORCH_LIBRARY_IMPL(reality_stone, CUDA, m) {
-  m.impl("bit_derivative", rs::cuda::bit_derivative_op);
-}
+RS_CUDA_IMPL(m) { m.impl("bit_derivative", rs::cuda::bit_derivative_op); }

@@ -1,7 +1,5 @@
 // The op qat_linear on CUDA tensors: panels of rows are quantized by our kernels and multiplied by
 // torch. Weights that are not finite make the loss NaN: looking would wait for the device.
-#include <torch/library.h>
-
 #include "../qat_linear.h"
 #include "launch.h"
 #include "qat_linear.h"
@@ -10,11 +8,6 @@ namespace rs::cuda {
 namespace {
 
 constexpr int64_t kPanel = int64_t{1} << 24;  // weights quantized at a time
-
-Type type_of(const at::Tensor& x) {
-  if (x.scalar_type() == at::kHalf) return Type::float16;
-  return x.scalar_type() == at::kBFloat16 ? Type::bfloat16 : Type::float32;
-}
 
 at::Tensor flat(const at::Tensor& x, int64_t features) {
   return x.reshape({features ? x.numel() / features : 0, features}).contiguous();
@@ -134,7 +127,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qat_linear_backward(
 }  // namespace
 }  // namespace rs::cuda
 
-TORCH_LIBRARY_IMPL(reality_stone, CUDA, m) {
+RS_CUDA_IMPL(m) {
   m.impl("qat_linear", rs::cuda::qat_linear);
   m.impl("qat_linear_backward", rs::cuda::qat_linear_backward);
 }

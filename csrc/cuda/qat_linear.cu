@@ -1,9 +1,8 @@
 #include "qat_linear.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
+
+#include "grid.cuh"
 
 namespace rs::cuda {
 namespace {
@@ -16,12 +15,6 @@ using qat::Settings;
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = int64_t{1} << 30;
 static_assert(qat::kMaxLevels <= kThreads);
-
-__device__ void store(float* q, int64_t i, float value) { q[i] = value; }
-__device__ void store(__half* q, int64_t i, float value) { q[i] = __float2half_rn(value); }
-__device__ void store(__nv_bfloat16* q, int64_t i, float value) {
-  q[i] = __float2bfloat16_rn(value);
-}
 
 // The sum of x over the block's threads, in a fixed order, in every thread.
 __device__ double block_sum(double x) {
@@ -85,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t j = threadIdx.x; j < weight.in; j += kThreads) {
       const int64_t i = row * weight.in + j;
       const float w = weight.w[i], value = scale * find(s, levels, w, scale).f, error = w - value;
-      store(q, i, value);
+      q[i] = narrow<Q>(value);
       squares += static_cast<double>(error * error);
     }
     squares = block_sum(squares);
@@ -124,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
                  : qat::hard_gradients(dw[i], pull, x.u, x.f, qat::slope(x.u, range, s.mode),
                                        s.commitment);
         dw[i] = d.weight;
-        if (q) store(q, i, value);
+        if (q) q[i] = narrow<Q>(value);
         scale_sum += static_cast<double>(d.scale);
         e[threadIdx.x] = x.e, nearest[threadIdx.x] = x.nearest, mean[threadIdx.x] = x.mean;
         code[threadIdx.x] = x.code;
@@ -168,30 +161,16 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<float>(factor * sum);
 }
 
-template <class Kernel>
-cudaError_t with_type(Type type, void* q, Kernel&& kernel) {
-  switch (type) {
-    case Type::float32:
-      kernel(static_cast<float*>(q));
-      break;
-    case Type::float16:
-      kernel(static_cast<__half*>(q));
-      break;
-    case Type::bfloat16:
-      kernel(static_cast<__nv_bfloat16*>(q));
-      break;
-  }
-  return cudaGetLastError();
-}
-
 unsigned blocks(int64_t rows) { return static_cast<unsigned>(std::min(rows, kMostBlocks)); }
 
 }  // namespace
 
 cudaError_t quantize_rows(const Settings& settings, const WeightRows& weight, void* q, Type type,
                           double* errors, cudaStream_t stream) {
-  return with_type(type, q, [&](auto* to) {
-    quantize_kernel<<<blocks(weight.rows), kThreads, 0, stream>>>(settings, weight, to, errors);
+  return with_type(type, [&](auto t) {
+    using Q = decltype(t);
+    return run(quantize_kernel<Q>, blocks(weight.rows), kThreads, 0, stream, settings, weight,
+               static_cast<Q*>(q), errors);
   });
 }
 
@@ -199,16 +178,17 @@ cudaError_t quantize_rows_backward(const Settings& settings, const WeightRows& w
                                    const float* grad_loss, double weights, float* dw, void* q,
                                    Type type, double* level_sums, double* scale_sums,
                                    cudaStream_t stream) {
-  return with_type(type, q, [&](auto* to) {
-    backward_kernel<<<blocks(weight.rows), kThreads, 0, stream>>>(
-        settings, weight, grad_loss, weights, dw, to, level_sums, scale_sums);
+  return with_type(type, [&](auto t) {
+    using Q = decltype(t);
+    return run(backward_kernel<Q>, blocks(weight.rows), kThreads, 0, stream, settings, weight,
+               grad_loss, weights, dw, static_cast<Q*>(q), level_sums, scale_sums);
   });
 }
 
 cudaError_t sum_parts(const double* parts, int64_t n, int count, double factor, float* sums,
                       cudaStream_t stream) {
-  sum_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(parts, n, count, factor, sums);
-  return cudaGetLastError();
+  return run(sum_kernel, static_cast<unsigned>(count), kThreads, 0, stream, parts, n, count, factor,
+             sums);
 }
 
 }  // namespace rs::cuda

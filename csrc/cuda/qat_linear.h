@@ -1,13 +1,10 @@
 // Rows of a weight quantized to levels on a GPU. Raw pointers, no torch header.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "../qat.h"
+#include "types.h"
 
 namespace rs::cuda {
-
-enum class Type { float32, float16, bfloat16 };
 
 // Rows of a weight, (rows, in) float32 without gaps. scale: one for each row, or one in all.
 struct WeightRows {

@@ -1,0 +1,29 @@
+// The codecs that have kernels: the only list of them here.
+#pragma once
+
+#include "row.h"
+
+namespace rs::cuda {
+
+CudaRow adaptive_precision_row(const Term&);
+CudaRow hierarchical_row(const Term&);
+CudaRow palette_row(const Term&);
+CudaRow trellis_row(const Term&);
+CudaRow uniform_row(const Term&);
+CudaRow vq_cyclic_row(const Term&);
+
+struct CudaEntry {
+  const char* name;
+  CudaRow (*row)(const Term&);
+};
+
+constexpr CudaEntry kCudaRows[] = {
+    {"adaptive_precision", adaptive_precision_row},
+    {"hierarchical", hierarchical_row},
+    {"palette", palette_row},
+    {"trellis", trellis_row},
+    {"uniform", uniform_row},
+    {"vq_cyclic", vq_cyclic_row},
+};
+
+}  // namespace rs::cuda
