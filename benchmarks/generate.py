@@ -4,7 +4,7 @@
     python benchmarks/generate.py --profile "trellis(bits=2)"     # where one token's time goes
 
 Llama-3.2-1B's shapes with random weights, or random codes in the same layout as real ones. A turn
-of a model reads the prompt and then writes greedily with a KV cache; models take turns, A B C A B C.
+of a model reads the prompt and then writes greedily with a KV cache; models take turns, A B A B.
 Packed models have packed linear layers in the blocks; embedding and head share one table of the
 codec --table ("dense": in the activations' dtype). Activations and norms of packed models are
 float32 on the CPU and bfloat16 on a GPU. Bytes of a token are those of all weights it multiplies
@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from pathlib import Path
 from typing import Any
 
+import llama
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-import llama
 from reality_stone.nn import Compressed
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,14 +88,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(size.vocabulary, (1, args.prompt), generator=generator).to(device)
     writers, rows = {}, {}
     for case in args.cases:
-        before = resident(device)
+        before = llama.held(device)
         model = make(case, args, size, device)
         writers[case] = Writer(model, prompt, args.tokens)
         writers[case].turn()  # the first touches every page
         if args.graph:
             writers[case].capture()
         gc.collect()
-        rows[case] = describe(model) | {"resident_bytes": resident(device) - before}
+        rows[case] = describe(model) | {"resident_bytes": llama.held(device) - before}
     times, copies = {case: [] for case in writers}, []
     copy = copier(args.copy_mb << 20, device)
     for _ in range(args.turns):
@@ -133,7 +132,7 @@ def make(case: str, args: argparse.Namespace, size: llama.Size, device: torch.de
 def describe(model: nn.Module) -> dict[str, Any]:
     """Sizes in memory. The table is read by the head, so a token reads every weight once."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Compressed))]
-    held = {id(t): t for m in layers for t in (*m.parameters(), *m.buffers())}
+    read = {id(t): t for m in layers for t in (*m.parameters(), *m.buffers())}
     weights = sum(m.out_features * m.in_features for m in llama.linears(model).values())
     blocks = sum(
         t.nbytes for m in llama.linears(model).values() for t in (*m.parameters(), *m.buffers())
@@ -142,15 +141,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "weights": weights + model.config.vocab_size * model.config.hidden_size,
         "bits_per_block_weight": 8 * blocks / weights,
         "tensor_bytes": llama.tensor_bytes(model),
-        "token_bytes": sum(t.nbytes for t in held.values()),
+        "token_bytes": sum(t.nbytes for t in read.values()),
     }
-
-
-def resident(device: torch.device) -> int:
-    """Bytes in memory: of the process, or of its tensors on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 
 
 def copier(size: int, device: torch.device):
@@ -168,7 +160,7 @@ def copier(size: int, device: torch.device):
     return copy
 
 
-def profile(writer: Writer, tokens: int = 4) -> dict[str, float]:
+def profile(writer: Writer) -> dict[str, float]:
     """Milliseconds of a token by what they are spent on; the profiler itself adds to all of them.
 
     Layers are timed from outside their Module call, ops from the dispatcher on.
@@ -191,7 +183,7 @@ def profile(writer: Writer, tokens: int = 4) -> dict[str, float]:
     writer.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         begin = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(writer.tokens):
             writer.step()
         total = time.perf_counter() - begin
     for hook in hooks:
@@ -200,7 +192,7 @@ def profile(writer: Writer, tokens: int = 4) -> dict[str, float]:
         "linear ops": 0.0, "attention op": 0.0, "other ops": 0.0
     }  # fmt: skip
     for event in seen.events():
-        name, milliseconds = event.name, event.cpu_time_total / 1e3 / tokens
+        name, milliseconds = event.name, event.cpu_time_total / 1e3 / writer.tokens
         parent = event.cpu_parent
         if name.startswith("part:"):
             found[f"{name[5:]} layers"] += milliseconds
@@ -210,7 +202,7 @@ def profile(writer: Writer, tokens: int = 4) -> dict[str, float]:
             found["attention op"] += milliseconds
         elif parent is None:
             found["other ops"] += milliseconds
-    whole = 1e3 * total / tokens
+    whole = 1e3 * total / writer.tokens
     parts = sum(v for k, v in found.items() if k != "linear ops")
     return {"token": whole, **found, "python between": whole - parts}
 

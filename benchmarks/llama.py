@@ -1,4 +1,4 @@
-"""Llama-shaped models of random weights in no time, dense and packed, for the programs beside it."""
+"""Llama-shaped models of random weights, dense and packed, in seconds, for the programs here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from reality_stone import codec as make_codec
+from reality_stone import ops
 from reality_stone.bench import random_packed
 from reality_stone.nn import RBEEmbedding, RBELinear
 
@@ -120,6 +121,16 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
+def held(device: torch.device, most: bool = False) -> int:
+    """Bytes in memory now, or the most so far: of the process, or of torch's tensors on a GPU."""
+    if device.type == "cuda":
+        ask = torch.cuda.max_memory_allocated if most else torch.cuda.memory_allocated
+        return ask(device)
+    field = "VmHWM:" if most else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def device_of(word: str) -> torch.device:
     """The device; SystemExit with one sentence where it is not there."""
     device = torch.device(word)
@@ -142,8 +153,6 @@ def middle(values: Sequence[float]) -> tuple[float, float]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a measurement has to say of where it was made."""
-    from reality_stone import ops
-
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type, "gpu": gpu, "threads": torch.get_num_threads(), "isa": ops.isa(),
