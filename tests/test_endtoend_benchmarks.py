@@ -101,16 +101,13 @@ def test_training_step_prints_what_it_measured_and_what_it_could_not(
     programs, tmp_path, capsys, monkeypatch
 ):
     step, file, plot = programs["training_step"], tmp_path / "t.json", tmp_path / "t.png"
-    good, bad, broken = (
-        "trellis(bits=2) tables",
-        "nf4 lora",
-        "Traceback\nModuleNotFoundError: No bits",
-    )
+    good, bad = "trellis(bits=2) tables", "nf4 lora"
+    failed = "Traceback\nModuleNotFoundError: No bits"
 
     def run(command, **_):
         """What a process of its own would do, without the seconds that one takes to start."""
         if command[-1] == bad:
-            return subprocess.CompletedProcess(command, 1, "", broken)
+            return subprocess.CompletedProcess(command, 1, "", failed)
         capsys.readouterr()
         step.main(command[2:])
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
