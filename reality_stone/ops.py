@@ -51,6 +51,7 @@ if _C is None:
     for _name, _schema in SCHEMAS.items():
         _library.define(_name + _schema)
 _ops = torch.ops.reality_stone
+_linear = _ops.linear.default
 
 
 def compiled() -> bool:
@@ -96,7 +97,12 @@ def linear(
     x: Tensor, codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]
 ) -> Tensor:
     """x (..., in) @ decode(...).T in x's dtype, without building the weight."""
-    return _ops.linear(x, codes, list(params), codec, list(shape))
+    params, shape = list(params), list(shape)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _ops.linear(x, codes, params, codec, shape)
+    # The Python around a derivative runs even where none is wanted, for as long as a small product.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, codes, params, codec, shape)
 
 
 def linear_grad_input(

@@ -9,6 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -139,7 +140,7 @@ class Codec(ABC):
 
     # --- text ---
 
-    @property
+    @cached_property
     def spec(self) -> str:
         """Canonical text, name(key=value, ...): the `codec` argument of the ops."""
         values = ", ".join(
