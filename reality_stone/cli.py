@@ -164,10 +164,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import bench
+    from . import bench
+    from .draw import draw_benchmark
 
-    found = list(bench(args.shapes, args.batches, args.codecs, backward=args.backward))
-    _print(args, {"results": [row.to_json() for row in found]}, lambda: show.benchmark(found))
+    how = bench.How(backward=args.backward, device=args.device)
+    peers = bench.PEERS if args.peers else ()
+    found = list(bench.bench(args.shapes, args.batches, args.codecs, peers, how))
+    results = [row for row in found if isinstance(row, bench.Result)]
+    if args.plot:
+        draw_benchmark(results, args.plot)
+    failed = [row.to_json() for row in found if isinstance(row, bench.Failed)]
+    value = {"results": [row.to_json() for row in results], "failed": failed}
+    _print(args, value, lambda: show.benchmark(found))
     return 0
 
 
@@ -310,7 +318,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--codecs", type=_configured, default=BENCH_CODECS, help=f"default {BENCH_CODECS}"
     )
-    one.add_argument("--backward", action="store_true", help="forward and backward")
+    one.add_argument(
+        "--backward", nargs="?", choices=("input", "all"), const="all", default="none",
+        help="and backward: gradients of the input, or (default) of params too",
+    )  # fmt: skip
+    one.add_argument("--peers", action="store_true", help="other libraries too, where installed")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    one.add_argument("--plot", metavar="FILE", help="write speeds as PNG, SVG or PDF")
     return parser
 
 
