@@ -312,11 +312,11 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb("bench", _bench, "time the linear of codecs beside torch")
     one.add_argument(
-        "--shapes", type=_shapes, default=[(4096, 4096)], help="OUTxIN,... (default 4096x4096)"
+        "--shapes", type=shapes, default=[(4096, 4096)], help="OUTxIN,... (default 4096x4096)"
     )
-    one.add_argument("--batches", type=_counts, default=[1, 8, 128], help="default 1,8,128")
+    one.add_argument("--batches", type=counts, default=[1, 8, 128], help="default 1,8,128")
     one.add_argument(
-        "--codecs", type=_configured, default=BENCH_CODECS, help=f"default {BENCH_CODECS}"
+        "--codecs", type=configured, default=BENCH_CODECS, help=f"default {BENCH_CODECS}"
     )
     one.add_argument(
         "--backward", nargs="?", choices=("input", "all"), const="all", default="none",
@@ -383,16 +383,17 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+# What an option's text means; programs in benchmarks/ take the public ones too.
 _count = _argument(lambda text: _number(text, 1))
 _context = _argument(lambda text: _number(text, 2))
 _positive = _argument(_rate)
 _step = _argument(_learning_rate)
 _codec = _argument(_one_codec)
-_counts = _argument(lambda text: [_number(part, 1) for part in split(text)])
+counts = _argument(lambda text: [_number(part, 1) for part in split(text)])
 _rates = _argument(lambda text: [_rate(part) for part in split(text)])
-_shapes = _argument(lambda text: [_shape(part) for part in split(text)])
+shapes = _argument(lambda text: [_shape(part) for part in split(text)])
 _codecs = _argument(lambda text: [_one_codec(part) for part in split(text)])
-_configured = _argument(lambda text: [make_codec(part) for part in split(text)])
+configured = _argument(lambda text: [make_codec(part) for part in split(text)])
 
 
 # --- printing ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def draw_bars(
         figsize=(1 + 6 * columns, rows * (0.8 + 0.22 * most)),
     )  # fmt: skip
     kinds = list(dict.fromkeys(bar.kind for bars in panels.values() for bar in bars))
-    colours = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(kinds, itertools.cycle(plt.get_cmap("tab10").colors), strict=False))
     for axes, (title, bars) in zip(grid.flat, panels.items(), strict=False):
         drawn = axes.barh(
             range(len(bars)), [b.value for b in bars], color=[colours[b.kind] for b in bars]

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from .report import Measured
     from .streaming import Decompressed
 
+USUAL = (
+    ", rotate=True", ", search=exact", ", symmetric=False", ", clip=0", "layout=dense, ",
+    ", group=0", ", compound=False", ", activation=float", ", amplitude=byte", ", basis=kmeans",
+    ", functions=all", ", r_max=0", ", mask16=False", ", fit=closed", ", seeds=64", ", bound=0.5",
+)  # fmt: skip
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns as wide as they need; the first to the left, the others to the right."""
@@ -29,7 +35,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def codec(spec: str) -> str:
     """A codec's text without the settings that say nothing to a reader."""
-    for usual in (", rotate=True", ", search=exact", ", symmetric=False", ", clip=0"):
+    for usual in USUAL:
         spec = spec.replace(usual, "")
     return spec
 

@@ -127,6 +127,7 @@ def test_the_limit_of_memory_is_the_faster_of_copying_and_reading(monkeypatch):
         assert torch.is_tensor(case(0)), name
 
 
+@pytest.mark.usefixtures("quick")
 def test_work_of_a_layer_counts_the_bytes_it_stores():
     shape = (48, 64)
     ours = contenders.packed(codec(CODEC), shape, "cpu")

@@ -135,16 +135,13 @@ def _hqq(bits: int) -> Callable[[Tensor], nn.Module]:
     return build
 
 
-def _quanto(bits: int) -> Callable[[Tensor], nn.Module]:
-    def build(weight: Tensor) -> nn.Module:
-        from optimum import quanto
+def _quanto(weight: Tensor) -> nn.Module:
+    from optimum import quanto
 
-        layer = nn.Sequential(_dense(weight, torch.bfloat16))
-        quanto.quantize(layer, weights=getattr(quanto, f"qint{bits}"))
-        quanto.freeze(layer)
-        return layer
-
-    return build
+    layer = nn.Sequential(_dense(weight, torch.bfloat16))
+    quanto.quantize(layer, weights=quanto.qint4)
+    quanto.freeze(layer)
+    return layer
 
 
 def _grouped(bits: int, shared: int) -> Callable[[tuple[int, int]], float]:
@@ -164,7 +161,5 @@ PEERS = (
     Peer("bitsandbytes nf4", "bitsandbytes", _bitsandbytes_nf4, _grouped(4, 32)),
     Peer("hqq 4 bits", "hqq", _hqq(4), _grouped(4, 32)),
     Peer("hqq 2 bits", "hqq", _hqq(2), _grouped(2, 32)),
-    Peer("quanto int8", "optimum.quanto", _quanto(8), _rowwise(8, 16)),
-    Peer("quanto int4", "optimum.quanto", _quanto(4), _grouped(4, 32)),
-    Peer("quanto int2", "optimum.quanto", _quanto(2), _grouped(2, 32)),
+    Peer("quanto int4", "optimum.quanto", _quanto, _grouped(4, 32)),
 )

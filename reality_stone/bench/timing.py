@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-LEAST_TURNS = 5
+LEAST_TURNS = 3
 WARM_UPS = 3  # before a capture: lazy handles and workspaces are made outside the graph
 
 Run = Callable[[int], object]
