@@ -55,7 +55,7 @@ def main() -> None:
     args = options.parse_args()
     try:
         bench.check_device(args.device)
-    except RuntimeError as error:
+    except ValueError as error:
         options.exit(1, f"{error}\n")
     columns = [f"{what}_{mode}" for what in ("forward", "input") for mode in MODES]
     codecs = args.codecs or every()

@@ -76,7 +76,7 @@ def main() -> None:
     args = options.parse_args()
     try:
         bench.check_device(args.device)
-    except RuntimeError as error:
+    except ValueError as error:
         options.exit(1, f"{error}\n")
     rows = []
     for shape in args.shape:

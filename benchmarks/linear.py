@@ -34,7 +34,7 @@ def main() -> None:
     args = options.parse_args()
     try:
         bench.check_device(args.device)
-    except RuntimeError as error:
+    except ValueError as error:
         options.exit(1, f"{error}\n")
     peers = () if args.no_peers else bench.PEERS
     found = []

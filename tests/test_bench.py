@@ -291,7 +291,7 @@ def test_bench_without_a_gpu_says_so(run):
     code, out, err = run("--device", "cuda")
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
-    assert "there is no GPU that torch" in err
+    assert err.startswith("reality-stone: error: there is no GPU that torch")
 
 
 @pytest.mark.parametrize("setting", [{"backward": "params"}, {"device": "tpu"}])

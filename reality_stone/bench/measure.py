@@ -84,9 +84,9 @@ class Failed:
 
 
 def check_device(name: str) -> None:
-    """RuntimeError with one sentence where there is no such device."""
+    """ValueError with one sentence where there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise ValueError(
             f"there is no GPU that torch {torch.__version__} can use; run with --device cpu"
         )
 
@@ -102,7 +102,7 @@ def bench(
     """Every codec beside torch in float32 and bfloat16 and beside peers, for each shape and batch.
 
     Activations are float32 on a CPU and bfloat16 on a GPU, those of torch bfloat16 and of a peer
-    its own. Peers train nothing but the input. RuntimeError where there is no such device.
+    its own. Peers train nothing but the input. ValueError where there is no such device.
     """
     check_device(how.device)
     limits = None
