@@ -164,10 +164,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import bench
+    from . import bench
+    from .draw import draw_benchmark
 
-    found = list(bench(args.shapes, args.batches, args.codecs, backward=args.backward))
-    _print(args, {"results": [row.to_json() for row in found]}, lambda: show.benchmark(found))
+    how = bench.How(backward=args.backward, device=args.device)
+    peers = bench.PEERS if args.peers else ()
+    found = list(bench.bench(args.shapes, args.batches, args.codecs, peers, how))
+    results = [row for row in found if isinstance(row, bench.Result)]
+    if args.plot:
+        draw_benchmark(results, args.plot)
+    failed = [row.to_json() for row in found if isinstance(row, bench.Failed)]
+    value = {"results": [row.to_json() for row in results], "failed": failed}
+    _print(args, value, lambda: show.benchmark(found))
     return 0
 
 
@@ -304,13 +312,19 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb("bench", _bench, "time the linear of codecs beside torch")
     one.add_argument(
-        "--shapes", type=_shapes, default=[(4096, 4096)], help="OUTxIN,... (default 4096x4096)"
+        "--shapes", type=shapes, default=[(4096, 4096)], help="OUTxIN,... (default 4096x4096)"
     )
-    one.add_argument("--batches", type=_counts, default=[1, 8, 128], help="default 1,8,128")
+    one.add_argument("--batches", type=counts, default=[1, 8, 128], help="default 1,8,128")
     one.add_argument(
-        "--codecs", type=_configured, default=BENCH_CODECS, help=f"default {BENCH_CODECS}"
+        "--codecs", type=configured, default=BENCH_CODECS, help=f"default {BENCH_CODECS}"
     )
-    one.add_argument("--backward", action="store_true", help="forward and backward")
+    one.add_argument(
+        "--backward", nargs="?", choices=("input", "all"), const="all", default="none",
+        help="and backward: gradients of the input, or (default) of params too",
+    )  # fmt: skip
+    one.add_argument("--peers", action="store_true", help="other libraries too, where installed")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    one.add_argument("--plot", metavar="FILE", help="write speeds as PNG, SVG or PDF")
     return parser
 
 
@@ -369,16 +383,17 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+# What an option's text means; programs in benchmarks/ take the public ones too.
 _count = _argument(lambda text: _number(text, 1))
 _context = _argument(lambda text: _number(text, 2))
 _positive = _argument(_rate)
 _step = _argument(_learning_rate)
 _codec = _argument(_one_codec)
-_counts = _argument(lambda text: [_number(part, 1) for part in split(text)])
+counts = _argument(lambda text: [_number(part, 1) for part in split(text)])
 _rates = _argument(lambda text: [_rate(part) for part in split(text)])
-_shapes = _argument(lambda text: [_shape(part) for part in split(text)])
+shapes = _argument(lambda text: [_shape(part) for part in split(text)])
 _codecs = _argument(lambda text: [_one_codec(part) for part in split(text)])
-_configured = _argument(lambda text: [make_codec(part) for part in split(text)])
+configured = _argument(lambda text: [make_codec(part) for part in split(text)])
 
 
 # --- printing ---

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import bench, tensorfile
 from .codecs import REGISTRY, Codec
+from .draw import pyplot
 
 BITS = (2.0, 3.0, 4.0)
 PLOTTED = 9.0  # bits per weight; what lies beyond would squeeze the rest of a plot
@@ -201,15 +202,7 @@ def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
 def plot(rows: Iterable[Row], path: str | os.PathLike[str], title: str = "") -> None:
     """Error over true rate with the Shannon bound; PNG, SVG or PDF by the file's ending. Settings
     beyond PLOTTED bits are left out where there are others, and the axis says so."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            f"plots need matplotlib ({error}): pip install reality-stone[plot]"
-        ) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     points: dict[str, list[tuple[float, float]]] = {}
     means = summary(rows)
     beyond = [row for row in means if row.bits_per_weight > PLOTTED]

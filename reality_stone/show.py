@@ -6,13 +6,19 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bench import Result
+    from .bench import Failed, Result
     from .compare import Row, Skipped
     from .doctor import Diagnosis
     from .inspection import Contents
     from .jobs import DirectoryEvaluation, DirectoryTraining
     from .report import Measured
     from .streaming import Decompressed
+
+USUAL = (
+    ", rotate=True", ", search=exact", ", symmetric=False", ", clip=0", "layout=dense, ",
+    ", group=0", ", compound=False", ", activation=float", ", amplitude=byte", ", basis=kmeans",
+    ", functions=all", ", r_max=0", ", mask16=False", ", fit=closed", ", seeds=64", ", bound=0.5",
+)  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -29,7 +35,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def codec(spec: str) -> str:
     """A codec's text without the settings that say nothing to a reader."""
-    for usual in (", rotate=True", ", search=exact", ", symmetric=False", ", clip=0"):
+    for usual in USUAL:
         spec = spec.replace(usual, "")
     return spec
 
@@ -148,16 +154,54 @@ def comparison(rows: Sequence[Row], means: Sequence[Row], skipped: Sequence[Skip
     return "\n".join(lines)
 
 
-def benchmark(found: Sequence[Result]) -> str:
-    head = ("shape", "batch", "what", "b/w", "ms", "spread", "torch fp32 x", "copies")
+BACKWARD = {
+    "none": "forward",
+    "input": "forward and backward to the input",
+    "all": "forward and backward (input, and params or weight; of peers the input alone)",
+}
+
+
+def benchmark(found: Sequence[Result | Failed]) -> str:
+    results = [r for r in found if hasattr(r, "seconds")]
+    first = results[0]
+    head = ("shape", "batch", "what", "b/w", "ms", "spread", f"{first.against} x", "of limit",
+            "copies")  # fmt: skip
     body = (
         (f"{r.shape[0]} x {r.shape[1]}", r.batch, codec(r.what), f"{r.bits_per_weight:.3f}",
-         f"{r.seconds * 1e3:.3f}", f"{100 * r.spread:.0f} %", f"{r.speedup:.2f}", r.copies)
-        for r in found
+         f"{r.seconds * 1e3:.3f}", f"{100 * r.spread:.0f} %", f"{r.speedup:.2f}",
+         "" if r.share is None else f"{100 * r.share:.0f} % {r.bound}", r.copies)
+        for r in results
     )  # fmt: skip
-    first = found[0]
-    what = "forward and backward (input and params, or weight)" if first.backward else "forward"
-    return table(head, body) + (
-        f"\n{what}, {first.threads} threads, {first.isa}; median of interleaved turns, spread is "
-        "half of the middle 80 %; copies of the weights rotate and exceed three times the cache"
+    lines = [table(head, body), *failures(found)]
+    lines.append(
+        f"{BACKWARD[first.backward]}, {first.device}, {first.threads} threads, {first.isa}; median "
+        "of interleaved turns, spread is half of the middle 80 %; copies of the weights rotate and "
+        "exceed three times the cache"
     )
+    if first.share is not None:
+        lines.append(limits(results))
+    return "\n".join(lines)
+
+
+def limits(results: Sequence[Result]) -> str:
+    """What the shares are of."""
+    memory = [r.memory_limit / 1e9 for r in results]
+    compute = [r.compute_limit / 1e12 for r in results]
+    return (
+        f"limits measured in the same turns: {min(memory):.1f} to {max(memory):.1f} GB/s (copying "
+        f"or reading), {min(compute):.2f} to {max(compute):.2f} TFLOP/s (torch matmul); operations "
+        "are those of a dense product"
+    )
+
+
+def failures(found: Sequence[Result | Failed]) -> list[str]:
+    """A line for each peer that is missing or fails, and for how many shapes and batches."""
+    cases = len({(r.shape, r.batch, r.backward) for r in found})
+    reasons: dict[tuple[str, str], int] = {}
+    for r in found:
+        if not hasattr(r, "seconds"):
+            reasons[r.what, r.reason] = reasons.get((r.what, r.reason), 0) + 1
+    return [
+        f"left out: {what}: {reason}" + ("" if times == cases else f" ({times} of {cases} cases)")
+        for (what, reason), times in reasons.items()
+    ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reality_stone as rs
-from reality_stone import bench, cli, compare, jobs, tensorfile
+from reality_stone import cli, compare, jobs, tensorfile
 from reality_stone.codecs import REGISTRY, codec
 from reality_stone.streaming import journal
 
@@ -505,44 +505,6 @@ def test_an_uniform_8_bit_code_of_noise_is_where_theory_says(matrices):
     assert row.bits_per_weight == pytest.approx(8 + 32 / 256)
     # A step of range / 255 with a range of about 5.6 standard deviations over 256 draws.
     assert row.nmse == pytest.approx((5.6 / 255) ** 2 / 12, rel=0.25)
-
-
-@pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_random_packed_is_valid_at_any_size(name):
-    for shape in ((48, 64), (100, 70), (5, 33)):
-        packed = bench.random_packed(REGISTRY[name](), shape)
-        packed.check()
-        assert packed.decode().isfinite().all()
-        assert packed.decode().abs().max() > 0
-
-
-def test_turns_are_interleaved_and_copies_rotate():
-    order = []
-    cases = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
-    found = bench.interleaved(cases, turns=5, turn_seconds=1e-9)
-    assert found["a"].turns == 5
-    assert order[4:] == [(name, i) for i in range(5) for name in "ab"]
-    assert bench.copies_for(10, cache=100) * 10 > 300
-    assert bench.copies_for(1000, cache=100) == 1
-
-
-def test_bench_prints_every_codec_beside_torch(run, monkeypatch):
-    monkeypatch.setattr(bench, "cache_bytes", lambda: 1 << 10)
-    monkeypatch.setattr(bench.interleaved, "__kwdefaults__", {"turns": 2, "turn_seconds": 1e-6})
-    monkeypatch.setattr(bench.bench, "__kwdefaults__", {
-        "backward": False, "turns": 2, "turn_seconds": 1e-6, "progress": False,
-    })  # fmt: skip
-    argv = ["bench", "--shapes", "48x64,33x20", "--batches", "1,3", "--codecs"]
-    argv.append("uniform(bits=4, group=16),residual(base=uniform(bits=2), rest=sparse(percent=9))")
-    for extra in ([], ["--backward"]):
-        code, out, err = run(*argv, *extra, "--json")
-        assert code == 0, err
-        results = json.loads(out)["results"]
-        assert len(results) == 2 * 2 * 4
-        assert all(one["seconds"] > 0 for one in results)
-        assert {one["backward"] for one in results} == {bool(extra)}
-    _, out, _ = run(*argv)
-    assert "threads" in out
 
 
 def test_codec_lists_are_cut_at_outer_commas():

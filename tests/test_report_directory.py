@@ -130,7 +130,7 @@ def test_the_same_directory_gives_the_same_bytes(dense, packed, log, tmp_path):
 
 
 def test_speed_is_measured_on_the_models_own_shapes(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring.bench, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(measuring.bench.contenders, "cache_bytes", lambda *_: 1 << 16)
     found = report.report_directory(
         report.Request(packed, bench=True), tmp_path / "p.html", progress=False
     )

@@ -155,11 +155,10 @@ def _speed(contents: inspection.Contents, progress: bool) -> list[bench.Result]:
         if count and (shape in shapes or len(shapes) < SHAPES):
             shapes.setdefault(shape, []).append(spec)
     found = []
+    how = bench.How(roofline=False, turns=5, turn_seconds=0.01)
     for shape, specs in shapes.items():
         codecs = [codec(spec) for spec in specs]
-        found += bench.bench(
-            [shape], BATCHES, codecs, turns=5, turn_seconds=0.01, progress=progress
-        )
+        found += bench.bench([shape], BATCHES, codecs, how=how, progress=progress)
     return found
 
 
