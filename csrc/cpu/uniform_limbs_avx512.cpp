@@ -21,10 +21,11 @@
 namespace rs {
 namespace {
 
-constexpr int kColumns = 256;           // that are unpacked at a time
-constexpr int kStride = kColumns + 64;  // of unpacked rows
-constexpr int kNarrowBlock = 8;         // rows of codes at a time
-constexpr int kWidePanel = 48;          // a multiple of every kWideBlock
+constexpr int kColumns = 512;               // that are unpacked at a time
+constexpr int kStride = kColumns + 64;      // of unpacked rows
+constexpr int kMostPieces = kColumns / 32;  // of those columns
+constexpr int kNarrowBlock = 8;             // rows of codes at a time
+constexpr int kWidePanel = 24;              // a multiple of every kWideBlock
 template <int V>
 constexpr int kWideBlock = 24 / V;  // rows of codes by V registers of x: 24 sums
 
@@ -57,24 +58,47 @@ struct Product {
   Unpack unpack;
   const float* zero;  // of group g of row r at (r * groups + g) * zero_step
   int64_t zero_step;
+  int bits;
   int64_t m;
   float* y;
 
-  int64_t row_bytes() const { return layer.tile_cols() * layer.tile.bytes; }
-  // Scale and zero point of the group with column c of a row.
-  RS_INLINE const float* scale_at(int64_t row, int64_t group) const {
-    return layer.params[0] + row * layer.tile_cols() + group;
+  RS_INLINE int64_t bytes(int64_t columns) const { return columns * bits / 8; }
+  // Fetches the scales and zero points of `count` rows.
+  RS_INLINE void fetch_levels(int64_t row, int64_t count) const {
+    const int64_t n = layer.tile_cols();
+    for (int64_t i = row * n; i < (row + count) * n; i += 16) {
+      _mm_prefetch(layer.params[0] + i, _MM_HINT_T0);
+      if (zero_step) _mm_prefetch(zero + i, _MM_HINT_T0);
+    }
   }
-  RS_INLINE const float* zero_at(int64_t row, int64_t group) const {
-    return zero + (row * layer.tile_cols() + group) * zero_step;
+  // Which group each piece of the columns [c, c + columns) is of.
+  RS_INLINE int64_t groups_of(int64_t c, int64_t columns, int64_t piece, int64_t* groups) const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < columns; i += piece) groups[n++] = (c + i) / layer.tile.cols;
+    return n;
+  }
+  // Scales and zero points of n groups of a row.
+  RS_INLINE void levels(int64_t row, const int64_t* groups, int64_t n, float* scales,
+                        float* zeros) const {
+    const float* scale = layer.params[0] + row * layer.tile_cols();
+    const float* own = zero + row * layer.tile_cols() * zero_step;
+    for (int64_t i = 0; i < n; ++i) {
+      scales[i] = scale[groups[i]];
+      zeros[i] = own[groups[i] * zero_step];
+    }
   }
 };
 
+// acc + the products of four unsigned with four signed bytes. Of the intrinsic gcc 12 copies acc,
+// and keeps half of a block's sums in memory.
+RS_INLINE void add_products(__m512i& acc, __m512i codes, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+}
+
 // total + scale * (acc - zero * sums)
-RS_INLINE __m512 scaled(__m512i acc, __m512 sums, const float* scale, const float* zero,
-                        __m512 total) {
-  const __m512 level = _mm512_fnmadd_ps(_mm512_set1_ps(*zero), sums, _mm512_cvtepi32_ps(acc));
-  return _mm512_fmadd_ps(_mm512_set1_ps(*scale), level, total);
+RS_INLINE __m512 scaled(__m512i acc, __m512 sums, float scale, float zero, __m512 total) {
+  const __m512 level = _mm512_fnmadd_ps(_mm512_set1_ps(zero), sums, _mm512_cvtepi32_ps(acc));
+  return _mm512_fmadd_ps(_mm512_set1_ps(scale), level, total);
 }
 
 // Rows [first, end) of x into their lanes, by way of limbs[2 * in].
@@ -139,23 +163,28 @@ RS_INLINE __m512i broadcast(const uint8_t* codes) {
 template <int B, int Columns>
 void narrow(const Product& p, const LimbActivations& x, int64_t row0, int64_t row1) {
   constexpr int R = kNarrowBlock, kSteps = Columns * B / 64;
-  const int64_t in = p.layer.in, group = p.layer.tile.cols, row_bytes = p.row_bytes();
+  const int64_t in = p.layer.in, row_bytes = p.bytes(in);
   alignas(64) uint8_t panel[R * kStride];
   alignas(64) float totals[R * 16];
+  float scales[R][kMostPieces], zeros[R][kMostPieces];
+  int64_t groups[kMostPieces];
   const __m256i rows_of_totals = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
   for (int64_t row = row0; row < row1; row += R) {
     const int64_t count = least(R, row1 - row);
+    p.fetch_levels(row + R, R);
     __m512 total[R];
     for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
     for (int64_t c = 0; c < in; c += kColumns) {
       const int64_t columns = least(kColumns, in - c);
+      const int64_t pieces = p.groups_of(c, columns, Columns, groups);
       for (int64_t r = 0; r < R; ++r) {
         const int64_t at = row + least(r, count - 1);
-        p.unpack(p.layer.codes + at * row_bytes + c * p.layer.tile.bytes / group, columns,
-                 R * row_bytes, panel + r * kStride);
+        p.unpack(p.layer.codes + at * row_bytes + p.bytes(c), columns, R * row_bytes,
+                 panel + r * kStride);
+        p.levels(at, groups, pieces, scales[r], zeros[r]);
       }
       for (int64_t i = 0; i < columns; i += Columns) {
-        const int64_t piece = (c + i) / Columns, g = (c + i) / group;
+        const int64_t piece = (c + i) / Columns, g = i / Columns;
         const int8_t* values = x.values.get() + piece * 2 * kSteps * 64;
         const __m512 sums = _mm512_load_ps(x.sums.get() + piece * 16);
         __m512i high[kSteps], low[kSteps];
@@ -169,12 +198,11 @@ void narrow(const Product& p, const LimbActivations& x, int64_t row0, int64_t ro
 #pragma GCC unroll 8
           for (int s = 0; s < kSteps; ++s) {
             const __m512i codes = broadcast<B>(panel + r * kStride + i + s * 64 / B);
-            upper = _mm512_dpbusd_epi32(upper, codes, high[s]);
-            lower = _mm512_dpbusd_epi32(lower, codes, low[s]);
+            add_products(upper, codes, high[s]);
+            add_products(lower, codes, low[s]);
           }
           const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
-          const int64_t at = row + least(r, count - 1);
-          total[r] = scaled(sum, sums, p.scale_at(at, g), p.zero_at(at, g), total[r]);
+          total[r] = scaled(sum, sums, scales[r][g], zeros[r][g], total[r]);
         }
       }
     }
@@ -189,18 +217,31 @@ void narrow(const Product& p, const LimbActivations& x, int64_t row0, int64_t ro
   }
 }
 
-// kWideBlock<V> unpacked rows with one piece of x, added to their totals, `lanes` apart.
+// Unpacked rows of codes, with the scales and zero points of their pieces.
+struct Panel {
+  alignas(64) uint8_t codes[kWidePanel][kStride];
+  float scales[kWidePanel][kMostPieces], zeros[kWidePanel][kMostPieces];
+};
+
+// kWideBlock<V> rows of the panel from `row` on with one piece of x, its g-th, added to their
+// totals, `lanes` apart.
 template <int V>
-RS_INLINE void wide_block(const Product& p, const uint8_t* codes, const LimbActivations& x,
-                          int64_t piece, int64_t row, int64_t last, float* totals, int64_t lanes) {
+RS_INLINE void wide_block(const Panel& panel, int64_t row, int64_t g, const LimbActivations& x,
+                          int64_t piece, float* totals, int64_t lanes) {
   constexpr int R = kWideBlock<V>;
-  const int8_t* values = x.values.get() + piece * 2 * x.steps * V * 64;
+  const uint8_t* codes = panel.codes[row] + g * x.piece;
+  const int8_t* values = x.values.get() + piece * x.steps * 2 * V * 64;
   __m512i acc[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_si512();
-  const auto limb = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 1
+  for (int limb = 0; limb < 2; ++limb) {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) asm("vpslld $8, %0, %0" : "+v"(acc[r][v]));
     for (int64_t step = 0; step < x.steps; ++step, values += V * 64) {
       __m512i w[V];
 #pragma GCC unroll 4
@@ -209,63 +250,59 @@ RS_INLINE void wide_block(const Product& p, const uint8_t* codes, const LimbActi
       for (int r = 0; r < R; ++r) {
         const __m512i c = broadcast<16>(codes + r * kStride + step * 4);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], c, w[v]);
+        for (int v = 0; v < V; ++v) add_products(acc[r][v], c, w[v]);
       }
     }
-  };
-  limb();
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
+  }
+  const float *scales = panel.scales[row] + g, *zeros = panel.zeros[row] + g;
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_slli_epi32(acc[r][v], 8);
-  limb();
-  const int64_t g = piece * x.piece / p.layer.tile.cols;
+  for (int v = 0; v < V; ++v) {
+    const __m512 sums = _mm512_load_ps(x.sums.get() + (piece * V + v) * 16);
 #pragma GCC unroll 24
-  for (int r = 0; r < R; ++r) {
-    const int64_t at = least(row + r, last);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
+    for (int r = 0; r < R; ++r) {
       float* total = totals + r * lanes + v * 16;
-      const __m512 sums = _mm512_load_ps(x.sums.get() + (piece * V + v) * 16);
-      _mm512_store_ps(total, scaled(acc[r][v], sums, p.scale_at(at, g), p.zero_at(at, g),
-                                    _mm512_load_ps(total)));
+      _mm512_store_ps(total, scaled(acc[r][v], sums, scales[r * kMostPieces],
+                                    zeros[r * kMostPieces], _mm512_load_ps(total)));
     }
   }
 }
 
-// Unpacked columns [c, c + columns) of a panel's rows.
+// `count` rows and `columns` columns, from column c on, of a panel.
 template <int V>
-void wide_panel(const Product& p, const uint8_t* panel, const LimbActivations& x, int64_t c,
-                int64_t columns, int64_t row, int64_t last, float* totals, int64_t lanes) {
+void wide_panel(const Panel& panel, int64_t count, int64_t c, int64_t columns,
+                const LimbActivations& x, float* totals, int64_t lanes) {
   for (int64_t i = 0; i < columns; i += x.piece)
-    for (int64_t r = 0; r <= last - row; r += kWideBlock<V>)
-      wide_block<V>(p, panel + r * kStride + i, x, (c + i) / x.piece, row + r, last,
-                    totals + r * lanes, lanes);
+    for (int64_t r = 0; r < count; r += kWideBlock<V>)
+      wide_block<V>(panel, r, i / x.piece, x, (c + i) / x.piece, totals + r * lanes, lanes);
 }
 constexpr decltype(&wide_panel<1>) kWide[] = {wide_panel<1>, wide_panel<2>, wide_panel<3>,
                                               wide_panel<4>};
 
 // All rows of x with rows [row0, row1) of codes, panel by panel.
-void wide(const Product& p, const LimbActivations* chunks, uint8_t* panel, float* totals,
+void wide(const Product& p, const LimbActivations* chunks, Panel& panel, float* totals,
           int64_t row0, int64_t row1) {
-  const int64_t in = p.layer.in, group = p.layer.tile.cols, row_bytes = p.row_bytes();
+  const int64_t in = p.layer.in, row_bytes = p.bytes(in);
   const int64_t piece = chunks[0].piece, lanes = round_up(p.m, 16);
   const int64_t most = kColumns / piece * piece;
+  int64_t groups[kMostPieces];
   const __m512i rows_of_totals =
       _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                          _mm512_set1_epi32(static_cast<int>(lanes)));
   for (int64_t row = row0; row < row1; row += kWidePanel) {
     const int64_t count = least(kWidePanel, row1 - row);
+    p.fetch_levels(row + kWidePanel, kWidePanel);
     __builtin_memset(totals, 0, sizeof(float) * static_cast<size_t>(kWidePanel * lanes));
     for (int64_t c = 0; c < in; c += most) {
       const int64_t columns = least(most, in - c);
-      const uint8_t* codes = p.layer.codes + row * row_bytes + c * p.layer.tile.bytes / group;
-      for (int64_t r = 0; r < count; ++r)
-        p.unpack(codes + r * row_bytes, columns, columns * p.layer.tile.bytes / group,
-                 panel + r * kStride);
+      const int64_t pieces = p.groups_of(c, columns, piece, groups);
+      const uint8_t* codes = p.layer.codes + row * row_bytes + p.bytes(c);
+      for (int64_t r = 0; r < count; ++r) {
+        p.unpack(codes + r * row_bytes, columns, p.bytes(columns), panel.codes[r]);
+        p.levels(row + r, groups, pieces, panel.scales[r], panel.zeros[r]);
+      }
       for (int64_t i = 0; i * kWideRows < p.m; ++i)
-        kWide[chunks[i].vectors - 1](p, panel, chunks[i], c, columns, row, row + count - 1,
-                                     totals + i * kWideRows, lanes);
+        kWide[chunks[i].vectors - 1](panel, count, c, columns, chunks[i], totals + i * kWideRows,
+                                     lanes);
     }
     for (int64_t b = 0; b < p.m; ++b) {
       const __m512 unit = _mm512_set1_ps(chunks[b / kWideRows].unit[b % kWideRows]);
@@ -319,9 +356,9 @@ void wide_linear(const Product& p, const float* x) {
   });
   for (const LimbActivations& chunk : chunks) sum_lanes(chunk, in / piece);
   parallel_for(p.layer.out, kWidePanel, [&](int64_t begin, int64_t end) {
-    const Lines<uint8_t> panel(kWidePanel * kStride);
-    const Lines<float> totals(kWidePanel * round_up(p.m, 16));
-    wide(p, chunks.data(), panel.get(), totals.get(), begin, end);
+    const Lines<Panel> panel(1);
+    const Lines<float> totals(round_up(kWidePanel, 16) * round_up(p.m, 16));
+    wide(p, chunks.data(), panel[0], totals.get(), begin, end);
   });
 }
 
@@ -330,8 +367,9 @@ void wide_linear(const Product& p, const float* x) {
 void uniform_limbs_avx512(const Layer& layer, int bits, const float* x, int64_t m, float* y) {
   const bool symmetric = layer.params.size() == 1;
   const float middle = static_cast<float>(1 << (bits - 1));
-  Product p{layer, kUnpack[bits - 2], symmetric ? &middle : layer.params[1], symmetric ? 0 : 1, m,
-            y};
+  Product p{
+      layer, kUnpack[bits - 2], symmetric ? &middle : layer.params[1], symmetric ? 0 : 1, bits, m,
+      y};
   for (int64_t b = 0; b < m; b += kMostRows) {
     p.m = std::min(kMostRows, m - b);
     p.y = y + b * layer.out;
