@@ -1,7 +1,7 @@
 // Times and checks the fast CPU slots without torch.
 //
 //   g++ -O3 -std=c++20 -ffp-contract=off -pthread benchmarks/kernels.cpp
-//   csrc/cpu/{trellis,uniform}_avx*.cpp -o kernels
+//   csrc/cpu/{trellis_,uniform_}*.cpp -o kernels
 //   ./kernels [substring of a format's name [out in [warm]]]
 //
 // Weights rotate over copies beyond three times a 32 MB cache, so they come from memory. `plain`
@@ -281,7 +281,8 @@ void check(const Format& f, const Row& row, Isa isa) {
           expect(!wrong, where + " decode_bf16");
         }
         if (row.linear)
-          for (int64_t m = 1; m <= row.linear_max_m; ++m) {
+          for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 48, 64, 65, 130}) {
+            if (m > row.linear_max_m) break;
             const Guarded x(normals(m * in, 5).data(), static_cast<size_t>(m * in) * 4);
             const std::vector<float> unset(static_cast<size_t>(m * out), NAN);
             const Guarded y(unset.data(), unset.size() * 4);
@@ -341,7 +342,8 @@ void time_format(const Format& f, Isa isa, int64_t out, int64_t in) {
     const std::string pages = huge ? " huge " : " plain ";
     if (row.linear)
       for (const int threads : {1, 2})
-        for (const int64_t m : {1, 8}) {
+        for (const int64_t m : {1, 2, 4, 8, 16, 32, 128}) {
+          if (m > row.linear_max_m) break;
           Pool::get().resize(threads);
           const auto x = normals(m * in, 5);
           std::vector<float> y(static_cast<size_t>(m * out));
@@ -413,12 +415,12 @@ int main(int argc, char** argv) {
                 in = argc > 3 ? std::atoll(argv[3]) : 4096;
   warm = argc > 4;
   const std::vector<Format> formats = {
-      trellis<4>(),           trellis<3>(),          trellis<5>(),          trellis<6>(),
-      trellis<7>(),           trellis<8>(),          uniform<4, true>(64),  uniform<4, false>(64),
-      uniform<8, true>(64),   uniform<8, false>(64), uniform<4, true>(128), uniform<2, true>(64),
-      uniform<3, false>(64),  uniform<4, true>(32),  uniform<8, true>(32),  uniform<4, false>(96),
-      uniform<8, false>(160), uniform<5, true>(128), uniform<6, false>(32), uniform<7, true>(64),
-      uniform<4, true>(33)};
+      trellis<4>(),           trellis<3>(),          trellis<5>(),           trellis<6>(),
+      trellis<7>(),           trellis<8>(),          uniform<4, true>(64),   uniform<4, false>(64),
+      uniform<8, true>(64),   uniform<8, false>(64), uniform<4, true>(128),  uniform<2, true>(64),
+      uniform<3, false>(64),  uniform<4, true>(32),  uniform<8, true>(32),   uniform<4, false>(96),
+      uniform<8, false>(160), uniform<5, true>(128), uniform<6, false>(32),  uniform<7, true>(64),
+      uniform<4, true>(33),   uniform<4, true>(512), uniform<8, false>(1056)};
   if (wanted.empty()) time_float(out, in);
   for (const Format& f : formats)
     if (f.name.find(wanted) != std::string::npos)

@@ -1,17 +1,17 @@
 // Uniform codes on AVX-512 (BW, VBMI, VNNI), groups of a multiple of 32.
 //
-// linear   codes of 2, 4 and 8 bits are shifted and masked to int16, of other widths spread to
-// bytes
-//          first (vpermb brings the bytes of eight codes into 64 bits, vpmultishiftqb cuts them);
-//          vpdpwssd with int16 activations adds neighbouring columns in 32-bit lanes, flushed to
-//          float with each lane's scale. Zero points cost one product per group, with the sums of
-//          x.
+// linear   of one row of x: codes of 2, 4 and 8 bits are shifted and masked to int16, of other
+//          widths spread to bytes first (vpermb brings the bytes of eight codes into 64 bits,
+//          vpmultishiftqb cuts them); vpdpwssd with int16 activations adds neighbouring columns in
+//          32-bit lanes, flushed to float with each lane's scale. Zero points cost one product per
+//          group, with the sums of x. More rows: uniform_limbs_avx512.cpp.
 // decode   two bytes per code by vpermb into 32-bit lanes, shifted by lane.
 #include "fast.h"
 
 #if RS_FAST_X86
 #include "parallel.h"
 #include "uniform_integers.h"
+#include "uniform_limbs.h"
 
 namespace rs {
 namespace {
@@ -19,20 +19,6 @@ namespace {
 struct alignas(64) Ints {
   uint32_t at[16];
 };
-
-// 64 codes to bytes: quadword q gets bytes Bits * q on, and code i of it starts at bit Bits * i.
-template <int Bits>
-struct Spread {
-  Bytes bytes{}, cut{};
-  constexpr Spread() {
-    for (int i = 0; i < 64; ++i) {
-      bytes.at[i] = static_cast<uint8_t>(i % 8 < Bits ? Bits * (i / 8) + i % 8 : 0);
-      cut.at[i] = static_cast<uint8_t>(Bits * (i % 8));
-    }
-  }
-};
-template <int Bits>
-constexpr Spread<Bits> kSpread;
 
 // 32 codes to 32-bit lanes, 16 at a time: the two bytes that hold a code, and its place in them.
 template <int Bits>
@@ -54,6 +40,8 @@ constexpr Unpack<Bits> kUnpack;
 }  // namespace rs
 
 #include "avx512.h"
+
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns inside its own intrinsics
 
 namespace rs {
 namespace {
@@ -92,14 +80,9 @@ struct Product {
   const UniformGroups& groups;
   const UniformActivations& x;
   bool symmetric;
-  int64_t m;
-  float* repeated;  // kRows rows of scales, when each stands for more than one group
+  float* repeated;  // a row of scales, when each stands for more than one group
   float* y;
 };
-
-// Rows at a time: their blocks meet the same activations while those are in the first cache.
-template <int B>
-constexpr int kRows = B == 1 ? 1 : 4;
 
 // The scale of every lane of a block with PerBlock of them. A masked load of all would be shorter,
 // and slow where it crosses a cache line.
@@ -117,111 +100,79 @@ RS_INLINE __m512 lane_scales(const float* s, __m512i lane) {
   return _mm512_set1_ps(*s);
 }
 
-// Adds the integer products of a block, `mask` of its bytes, with B rows of x.
-template <int Bits, int B, bool Whole>
-RS_INLINE void add_block(const uint8_t* codes, __mmask64 mask, const int16_t* values,
-                         __m512i* acc) {
-  constexpr int kStep = kParts<Bits> * 32;
+// acc plus the integer products of a block, `mask` of its bytes.
+template <int Bits, bool Whole>
+RS_INLINE __m512i add_block(const uint8_t* codes, __mmask64 mask, const int16_t* values,
+                            __m512i acc) {
   __m512i w[kParts<Bits>];
   words_of<Bits, Whole>(codes, mask, w);
-  for (int b = 0; b < B; ++b)
-    for (int k = 0; k < kParts<Bits>; ++k)
-      acc[b] = _mm512_dpwssd_epi32(acc[b], w[k], load(values + b * kStep + k * 32));
+  for (int k = 0; k < kParts<Bits>; ++k)
+    acc = _mm512_dpwssd_epi32(acc, w[k], load(values + k * 32));
+  return acc;
 }
 
-template <int B>
-RS_INLINE void flush(const __m512i* acc, __m512 scales, __m512* total) {
-  for (int b = 0; b < B; ++b)
-    total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[b]), scales, total[b]);
+RS_INLINE __m512 flush(__m512i acc, __m512 scales, __m512 total) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scales, total);
 }
 
-// Rows row, row + 1, ... below `end`, of which the last fills up the kRows.
 // PerBlock scales meet a block, or, when it is 0, one scale meets groups.span blocks.
-template <int Bits, int B, int PerBlock>
-void rows(const Product& p, int64_t row, int64_t end) {
-  constexpr int R = kRows<B>, kStep = kParts<Bits> * 32;
+template <int Bits, int PerBlock>
+void one_row(const Product& p, int64_t row) {
+  constexpr int kStep = kParts<Bits> * 32;
+  constexpr int kAhead = 4096;  // bytes of software prefetch
   constexpr int kRowsAhead =
       8;  // of scales and zeros, which are too short for the hardware to foresee
-  const auto& [layer, groups, x, symmetric, m, repeated, y] = p;
+  const auto& [layer, groups, x, symmetric, repeated, y] = p;
   const int64_t n = layer.tile_cols(), row_bytes = n * layer.tile.bytes;
-  const int64_t ahead = R == 1 ? 4096 : R * row_bytes;  // bytes of software prefetch
   const int64_t full = layer.in / uniform_block(Bits), scales = n * groups.repeat;
-  int64_t at[R];
-  const uint8_t* codes[R];
-  const float* s[R];
-  __m512 total[R][B];
-  for (int r = 0; r < R; ++r) {
-    at[r] = row + r < end ? row + r : end - 1;
-    codes[r] = layer.codes + at[r] * row_bytes;
-    s[r] = layer.params[0] + at[r] * n;
-    if (groups.repeat > 1) {
-      float* to = repeated + r * scales;
-      for (int64_t g = 0; g < n; ++g)
-        for (int64_t i = 0; i < groups.repeat; ++i) *to++ = s[r][g];
-      s[r] = to - scales;
-    }
-    for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
+  const uint8_t* codes = layer.codes + row * row_bytes;
+  const float* scale = layer.params[0] + row * n;
+  const float* zero = symmetric ? nullptr : layer.params[1] + row * n;
+  const float* s = scale;
+  if (groups.repeat > 1) {
+    float* to = repeated;
+    for (int64_t g = 0; g < n; ++g)
+      for (int64_t i = 0; i < groups.repeat; ++i) *to++ = scale[g];
+    s = repeated;
   }
-
   const __m512i lane = load(groups.lane);
   const int16_t* values = x.values.get();
   const int64_t span = PerBlock ? 1 : groups.span;
-  for (int64_t block = 0; block < full; block += span) {
-#pragma GCC unroll 1
-    for (int r = 0; r < R; ++r) {
-      __m512i acc[B];
-      for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
-      for (int64_t i = 0; i < span; ++i) {
-        _mm_prefetch(codes[r] + ahead, _MM_HINT_T0);
-        add_block<Bits, B, true>(codes[r], 0, values + i * B * kStep, acc);
-        codes[r] += kBlockBytes<Bits>;
-      }
-      flush<B>(acc, lane_scales<PerBlock>(s[r], lane), total[r]);
-      s[r] += PerBlock ? PerBlock : 1;
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t block = 0; block < full; block += span, s += PerBlock ? PerBlock : 1) {
+    __m512i acc = _mm512_setzero_si512();
+    for (int64_t i = 0; i < span; ++i, codes += kBlockBytes<Bits>, values += kStep) {
+      _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+      acc = add_block<Bits, true>(codes, 0, values, acc);
     }
-    values += span * B * kStep;
+    total = flush(acc, lane_scales<PerBlock>(s, lane), total);
   }
   if (x.blocks > full) {
     const __mmask64 mask = (1ull << (row_bytes - full * kBlockBytes<Bits>)) - 1;
     const __mmask16 rest = static_cast<__mmask16>((1 << (scales % groups.per_block)) - 1);
-#pragma GCC unroll 1
-    for (int r = 0; r < R; ++r) {
-      __m512i acc[B];
-      for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
-      add_block<Bits, B, false>(codes[r], mask, values, acc);
-      flush<B>(acc, _mm512_permutexvar_ps(lane, _mm512_maskz_loadu_ps(rest, s[r])), total[r]);
-    }
+    total = flush(add_block<Bits, false>(codes, mask, values, _mm512_setzero_si512()),
+                  _mm512_permutexvar_ps(lane, _mm512_maskz_loadu_ps(rest, s)), total);
   }
-
-#pragma GCC unroll 1
-  for (int r = 0; r < R; ++r) {
-    const float* scale = layer.params[0] + at[r] * n;
-    const float* zero = symmetric ? nullptr : layer.params[1] + at[r] * n;
-    for (int64_t g = 0; g < n; g += 16) {
-      _mm_prefetch(scale + g + kRowsAhead * n, _MM_HINT_T0);
-      if (zero) _mm_prefetch(zero + g + kRowsAhead * n, _MM_HINT_T0);
-      const __mmask16 mask = static_cast<__mmask16>(n - g >= 16 ? 0xFFFF : (1 << (n - g)) - 1);
-      const __m512 z =
-          zero ? _mm512_maskz_loadu_ps(mask, zero + g) : _mm512_set1_ps(1 << (Bits - 1));
-      const __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + g), z);
-      for (int b = 0; b < B; ++b)
-        total[r][b] =
-            _mm512_fnmadd_ps(offset, _mm512_load_ps(x.sums.get() + b * x.groups + g), total[r][b]);
-    }
-    for (int b = 0; b < B; ++b)
-      if (b < m) y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b];
+  for (int64_t g = 0; g < n; g += 16) {
+    _mm_prefetch(scale + g + kRowsAhead * n, _MM_HINT_T0);
+    if (zero) _mm_prefetch(zero + g + kRowsAhead * n, _MM_HINT_T0);
+    const __mmask16 mask = static_cast<__mmask16>(n - g >= 16 ? 0xFFFF : (1 << (n - g)) - 1);
+    const __m512 z = zero ? _mm512_maskz_loadu_ps(mask, zero + g) : _mm512_set1_ps(1 << (Bits - 1));
+    const __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + g), z);
+    total = _mm512_fnmadd_ps(offset, _mm512_load_ps(x.sums.get() + g), total);
   }
+  y[row] = _mm512_reduce_add_ps(total) * x.unit[0];
 }
 
-template <int Bits, int B>
+template <int Bits>
 void product(const Product& p, int64_t row0, int64_t row1) {
-  const auto run = p.groups.span > 1         ? rows<Bits, B, 0>
-                   : p.groups.per_block == 1 ? rows<Bits, B, 1>
-                   : p.groups.per_block == 2 ? rows<Bits, B, 2>
-                                             : p.groups.per_block == 4 ? rows < Bits,
-             B, uniform_view(Bits) == 8 ? 2 : 4 > : rows < Bits, B,
-             uniform_view(Bits) == 2 ? 8 : 2 > ;
-  for (; row0 < row1; row0 += kRows<B>) run(p, row0, row1);
+  constexpr int kMost = 16 / uniform_view(Bits);  // scales a block can have, of groups of 32
+  const auto run = p.groups.span > 1         ? one_row<Bits, 0>
+                   : p.groups.per_block == 1 ? one_row<Bits, 1>
+                   : p.groups.per_block == 2 ? one_row<Bits, 2>
+                   : p.groups.per_block == 4 ? one_row<Bits, std::min(kMost, 4)>
+                                             : one_row<Bits, kMost>;
+  for (; row0 < row1; ++row0) run(p, row0);
 }
 
 // Words 1, 3, 5, ... of two registers.
@@ -282,23 +233,14 @@ namespace {
 
 template <int Bits, bool Symmetric>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  if (m > 1) return uniform_limbs_avx512(layer, Bits, x, m, y);
   constexpr int kView = uniform_view(Bits);
   const UniformGroups groups(layer.tile.cols, kView);
-  const int64_t grain = row_grain(layer.out, layer.in);
-  for (int64_t b = 0; b < m; b += kMaxBatch) {
-    const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
-    const UniformActivations values(x + b * layer.in, batch, layer.in, kView, layer.tile.cols);
-    const auto kernel = values.batch == 1   ? product<Bits, 1>
-                        : values.batch == 2 ? product<Bits, 2>
-                        : values.batch == 4 ? product<Bits, 4>
-                                            : product<Bits, 8>;
-    parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
-      const Lines<float> repeated(groups.repeat > 1 ? kRows<kMaxBatch> * layer.in / groups.group
-                                                    : 0);
-      kernel({layer, groups, values, Symmetric, batch, repeated.get(), y + b * layer.out}, begin,
-             end);
-    });
-  }
+  const UniformActivations values(x, 1, layer.in, kView, layer.tile.cols);
+  parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
+    const Lines<float> repeated(groups.repeat > 1 ? layer.in / groups.group : 0);
+    product<Bits>({layer, groups, values, Symmetric, repeated.get(), y}, begin, end);
+  });
 }
 
 template <int Bits, bool Symmetric, class T>
@@ -311,7 +253,7 @@ void fill(Row& row, bool symmetric) {
   row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
   row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
-  row.linear_max_m = 2 * kMaxBatch;
+  row.linear_max_m = std::numeric_limits<int64_t>::max();
   row.linear_type = "integer codes, 16-bit activations per row";
 }
 

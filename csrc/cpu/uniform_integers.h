@@ -15,6 +15,20 @@ constexpr int kUniformTop = 32767;  // of activations: int16, one scale per row 
 constexpr int uniform_view(int bits) { return bits == 2 || bits == 4 ? bits : 8; }
 constexpr int uniform_block(int bits) { return 512 / uniform_view(bits); }
 
+// 64 codes to bytes: quadword q gets bytes Bits * q on, and code i of it starts at bit Bits * i.
+template <int Bits>
+struct Spread {
+  Bytes bytes{}, cut{};
+  constexpr Spread() {
+    for (int i = 0; i < 64; ++i) {
+      bytes.at[i] = static_cast<uint8_t>(i % 8 < Bits ? Bits * (i / 8) + i % 8 : 0);
+      cut.at[i] = static_cast<uint8_t>(Bits * (i % 8));
+    }
+  }
+};
+template <int Bits>
+inline constexpr Spread<Bits> kSpread;
+
 // Rows of x in the order of the codes: vector k of a block meets code k of every word.
 //   values[((block * batch + row) * parts + k) * 32 + word]      parts = 16 / view
 struct UniformActivations {
