@@ -13,8 +13,9 @@ namespace rs {
 namespace {
 
 constexpr int64_t kStrip = 32;      // columns whose tables stay in the first cache
-constexpr int64_t kRowBlock = 256;  // rows whose codes stay in the second cache
+constexpr int64_t kRowBlock = 1024;  // rows whose codes stay in the second cache
 constexpr int kByteTop = 127;
+constexpr int64_t kMostVectors = 256;
 
 // The basis by columns, (block, vectors).
 struct Basis {
@@ -96,8 +97,8 @@ void raise(std::atomic<T>& peak, T value) {
 struct DotTable {
   Lines<int16_t> narrow;
   std::vector<int32_t> wide;  // instead, when 16 bits do not hold them
+  std::unique_ptr<float[]> dots;
   double unit = 0;
-
   bool planes;
 
   DotTable(int64_t columns, int64_t vectors, bool planes)
@@ -105,7 +106,7 @@ struct DotTable {
 
   void fill_float(const float* x, const Basis& basis, int64_t columns) {
     const int64_t n = basis.vectors;
-    const auto dots = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(columns * n));
+    if (!dots) dots = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(columns * n));
     std::atomic<uint32_t> peak{0};
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
@@ -127,17 +128,24 @@ struct DotTable {
         of_basis(basis.columns.data(), size, kByteTop);
     const std::vector<int32_t> q = to_bytes(x, columns * basis.block, of_x),
                                v = to_bytes(basis.columns.data(), size, of_basis);
-    wide.resize(static_cast<size_t>(columns * n));
     std::atomic<int32_t> peak{0};
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, wide.data() + c * n);
-      raise(peak, peak_of(wide.data() + begin * n, (end - begin) * n));
-      to_words(wide.data() + begin * n, (end - begin) * n, narrow.get() + begin * n);
+      int32_t dots[kMostVectors], most = 0;
+      for (int64_t c = begin; c < end; ++c) {
+        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, dots);
+        most = std::max(most, peak_of(dots, n));
+        to_words(dots, n, narrow.get() + c * n);
+      }
+      raise(peak, most);
       if (planes) to_planes(narrow.get() + begin * n, end - begin);
     });
+    wide.clear();
+    if (peak.load() > kCyclicTop) {
+      wide.resize(static_cast<size_t>(columns * n));
+      for (int64_t c = 0; c < columns; ++c)
+        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, wide.data() + c * n);
+    }
     unit = double{of_x.unit} * of_basis.unit;
-    if (peak.load() <= kCyclicTop) wide.clear();
   }
 };
 
@@ -184,13 +192,16 @@ template <class Word, bool Integers, CyclicSums Sums, bool Planes = false>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t columns = layer.tile_cols(), row_bytes = columns * Word::kBytes;
   const Basis basis(layer, Word::kVectors);
+  // Kept over the batch: fresh pages for every row cost as much as the dot products.
+  std::vector<DotTable> tables;
+  for (int64_t b = 0; b < std::min<int64_t>(kMaxBatch, m); ++b)
+    tables.emplace_back(columns, Word::kVectors, Planes);
   for (int64_t b0 = 0; b0 < m; b0 += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b0);
-    std::vector<DotTable> tables;
     std::vector<const int16_t*> narrow;
     std::vector<int64_t> of_narrow, of_wide;  // rows of x
     for (int64_t b = 0; b < batch; ++b) {
-      DotTable& table = tables.emplace_back(columns, Word::kVectors, Planes);
+      DotTable& table = tables[static_cast<size_t>(b)];
       const float* row = x + (b0 + b) * layer.in;
       Integers ? table.fill_integer(row, basis, columns) : table.fill_float(row, basis, columns);
       table.unit /= 1 << Word::kShift;
