@@ -2,7 +2,8 @@
 //
 // linear   mode=mul: a tile is a 32-bit lane. Four bits of it, two deltas, find two int16
 //          multipliers at once by vpermd; after four lookups the lane's sum meets its base.
-//          mode=xor: in float32, as decode.
+//          mode=xor: the four weights that a tile's base stands for as int16, of all tiles of a
+//          block in two registers; then each weight's delta chooses among them.
 // decode   eight 32-bit lanes per tile, each shifted to its own delta.
 #include "fast.h"
 
@@ -39,6 +40,37 @@ constexpr Cosines kCosines = {{cosine(127), cosine(117), cosine(90), cosine(49),
                                cosine(-90), cosine(-49), cosine(0), cosine(49), cosine(90),
                                cosine(117)}};
 
+// Of a block of sixteen tiles: where the words of `lookup` half h come from. Part k has the weights
+// of tiles k, 4 + k, 8 + k and 12 + k, so half h the values of parts 2h and 2h + 1, four a tile.
+struct XorBlock {
+  alignas(64) uint16_t base[2][32]{}, mask[32]{}, deltas[4][32]{}, shift[32]{}, first[2][32]{};
+  constexpr XorBlock() {
+    for (int i = 0; i < 32; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        base[h][i] = static_cast<uint16_t>(2 * (4 * (i / 4 % 4) + 2 * h + i / 16));
+        first[h][i] = static_cast<uint16_t>(16 * h + i / 8 * 4);
+      }
+      constexpr int kMask[4] = {0, 0xF0, 0xF00, 0xFF};
+      mask[i] = static_cast<uint16_t>(kMask[i % 4]);
+      for (int k = 0; k < 4; ++k) deltas[k][i] = static_cast<uint16_t>(2 * (i / 8 * 4 + k) + 1);
+      shift[i] = static_cast<uint16_t>(2 * (i % 8));
+    }
+  }
+};
+constexpr XorBlock kXorBlock;
+
+// By diff and phase: 4 T; by amp: amp + 1. Their product and a 15-bit fraction of it are int16.
+struct XorFactors {
+  alignas(64) int16_t turn[64]{}, amp[64]{};
+  constexpr XorFactors() {
+    for (int i = 0; i < 64; ++i) {
+      turn[i] = static_cast<int16_t>(4 * kCyclic[0][(i / 4 + i % 4 * 4) & 15]);
+      amp[i] = static_cast<int16_t>(i + 1);
+    }
+  }
+};
+constexpr XorFactors kXorFactors;
+
 }  // namespace
 }  // namespace rs
 
@@ -66,6 +98,38 @@ struct MulView {
   }
   RS_INLINE __m512 scale(__m512i words) const {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+  }
+};
+
+struct XorView {
+  static constexpr int kParts = 4, kLane = 8, kBytes = 64;
+  static constexpr bool kScaled = false;
+  struct Words {
+    __m512i codes, values[2];
+  };
+  __m512i levels;
+
+  RS_INLINE explicit XorView(const int16_t* table) : levels(load(table)) {}
+  RS_INLINE __m512i values(__m512i codes, int half) const {
+    const __m512i code = _mm512_xor_si512(
+        _mm512_permutexvar_epi16(load(kXorBlock.base[half]), codes), load(kXorBlock.mask));
+    const __m512i turn = _mm512_permutex2var_epi16(
+        load(kXorFactors.turn), _mm512_srli_epi16(code, 10), load(kXorFactors.turn + 32));
+    const __m512i amp = _mm512_permutex2var_epi16(load(kXorFactors.amp), _mm512_srli_epi16(code, 4),
+                                                  load(kXorFactors.amp + 32));
+    return _mm512_mulhrs_epi16(_mm512_mullo_epi16(turn, amp),
+                               _mm512_permutexvar_epi16(code, levels));
+  }
+  RS_INLINE Words words(__m512i codes) const {
+    return {codes, {values(codes, 0), values(codes, 1)}};
+  }
+  template <int K>
+  RS_INLINE __m512i lookup(const Words& words) const {
+    const __m512i delta = _mm512_srlv_epi16(
+        _mm512_permutexvar_epi16(load(kXorBlock.deltas[K]), words.codes), load(kXorBlock.shift));
+    const __m512i at =
+        _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(3), load(kXorBlock.first[K % 2]), 0xEA);
+    return _mm512_permutexvar_epi16(at, words.values[K / 2]);
   }
 };
 
@@ -127,13 +191,6 @@ void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
     });
 }
 
-struct XorRows {
-  template <class Visit>
-  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
-    each_vector<true>(layer, row, visit);
-  }
-};
-
 }  // namespace
 }  // namespace rs
 
@@ -149,24 +206,19 @@ void linear_mul(const Layer& layer, const float* x, int64_t m, float* y) {
 }
 
 void linear_xor(const Layer& layer, const float* x, int64_t m, float* y) {
-  float_linear(layer, x, m, y, kFloatKernels<XorRows>);
+  const IntegerTable table(layer.params[0], kXorLevels);
+  lane_linear(layer, x, m, y, table, XorView::kParts, XorView::kLane, kLaneKernels<XorView>);
 }
 
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
-  if (exclusive_or) {
-    row.decode = decode_rows<true, float>;
-    row.decode_bf16 = decode_rows<true, uint16_t>;
-    row.linear = linear_xor;
-    row.linear_max_m = 2 * kMaxBatch;
-    return;
-  }
-  row.decode = decode_rows<false, float>;
-  row.decode_bf16 = decode_rows<false, uint16_t>;
-  row.linear = linear_mul;
+  row.decode = exclusive_or ? decode_rows<true, float> : decode_rows<false, float>;
+  row.decode_bf16 = exclusive_or ? decode_rows<true, uint16_t> : decode_rows<false, uint16_t>;
+  row.linear = exclusive_or ? linear_xor : linear_mul;
   row.linear_max_m = 2 * kMaxBatch;
-  row.linear_type = "16-bit multipliers and activations per row";
+  row.linear_type = exclusive_or ? "16-bit weights and activations per row"
+                                 : "16-bit multipliers and activations per row";
 }
 
 }  // namespace rs

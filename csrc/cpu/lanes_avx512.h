@@ -18,8 +18,8 @@ namespace {
 template <int B>
 constexpr int kLaneRows = B == 1 ? 1 : 4;  // rows at a time: their blocks meet the same activations
 
-template <class View, int B, int K = 0>
-RS_INLINE void add_parts(const View& view, __m512i words, const int16_t* x, __m512i* acc) {
+template <class View, int B, int K = 0, class Words>
+RS_INLINE void add_parts(const View& view, const Words& words, const int16_t* x, __m512i* acc) {
   if constexpr (K < View::kParts) {
     const __m512i w = view.template lookup<K>(words);
     for (int b = 0; b < B; ++b)
@@ -32,7 +32,7 @@ template <class View, int B>
 RS_INLINE void add_block(const View& view, __m512i codes, const int16_t* x, __m512* total) {
   __m512i acc[B];
   for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
-  const __m512i words = view.words(codes);
+  const auto words = view.words(codes);
   add_parts<View, B>(view, words, x, acc);
   for (int b = 0; b < B; ++b) {
     const __m512 sum = _mm512_cvtepi32_ps(acc[b]);
