@@ -4,6 +4,7 @@
 //          multipliers at once by vpermd; after four lookups the lane's sum meets its base.
 //          mode=xor: the four weights that a tile's base stands for as int16, of all tiles of a
 //          block in two registers; then each weight's delta chooses among them.
+// adjoint  as decode; sums by entry in registers.
 // decode   eight 32-bit lanes per tile, each shifted to its own delta.
 #include "fast.h"
 
@@ -25,6 +26,9 @@ struct Spread {
   }
 };
 constexpr Spread kSpread;
+
+template <bool Xor>
+constexpr int kEntries = Xor ? XorMode::kEntries : MulMode::kEntries;
 
 struct Words {
   alignas(64) uint32_t at[16];
@@ -75,6 +79,7 @@ constexpr XorFactors kXorFactors;
 }  // namespace rs
 
 #include "avx512.h"
+#include "bins_avx512.h"
 #include "lanes_avx512.h"
 
 namespace rs {
@@ -133,23 +138,27 @@ struct XorView {
   }
 };
 
-RS_INLINE __m512 mul_values(__m512i tile, __m512i delta, __m512 table) {
+// Sixteen weights are factors times entries of the table; upper bits of `entry` count for nothing.
+struct Weights {
+  __m512 factor;
+  __m512i entry;
+};
+
+RS_INLINE Weights mul_weights(__m512i tile, __m512i delta) {
   const __m512i base = _mm512_srai_epi32(_mm512_slli_epi32(tile, 16), 16);
-  const __m512 factor = _mm512_mul_ps(_mm512_cvtepi32_ps(base), _mm512_set1_ps(1.0f / 512));
-  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(delta, table));
+  return {_mm512_mul_ps(_mm512_cvtepi32_ps(base), _mm512_set1_ps(1.0f / 512)), delta};
 }
 
-RS_INLINE __m512 xor_values(__m512i tile, __m512i delta, __m512 table) {
+RS_INLINE Weights xor_weights(__m512i tile, __m512i delta) {
   const __m512i code = _mm512_xor_si512(tile, _mm512_permutexvar_epi32(delta, load(kMasks.at)));
-  // Lookups heed the low four bits: those above the phase and the level need no mask.
+  // The lookup heeds the low four bits: those above the phase need no mask.
   const __m512i turn =
       _mm512_add_epi32(_mm512_srli_epi32(code, 12),
                        _mm512_and_si512(_mm512_srli_epi32(code, 8), _mm512_set1_epi32(12)));
   const __m512i amp = _mm512_add_epi32(
       _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(63)), _mm512_set1_epi32(1));
   const __m512 cosine = _mm512_permutexvar_ps(turn, _mm512_load_ps(kCosines.at));
-  const __m512 factor = _mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp));  // exact
-  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(code, table));
+  return {_mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp)), code};  // exact
 }
 
 RS_INLINE void store_values(float* w, __m512 x, __mmask16 mask) {
@@ -161,34 +170,48 @@ RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
 
 template <bool Xor, class Visit>
 RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
-  alignas(64) float table[16];
-  for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % (Xor ? 16 : 4)]);
-  const __m512 entries = _mm512_load_ps(table);
   const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
     const __m512i tile = _mm512_permutexvar_epi32(load(kSpread.tile[i]), tiles);
     const __m512i delta = _mm512_srlv_epi32(tile, load(kSpread.shift));
-    return Xor ? xor_values(tile, delta, entries) : mul_values(tile, delta, entries);
+    return Xor ? xor_weights(tile, delta) : mul_weights(tile, delta);
   };
   const uint8_t* codes = layer.codes + row * layer.tile_cols() * 4;
   int64_t j = 0;
   for (; j + 128 <= layer.in; j += 128, codes += 64) {
     const __m512i tiles = load(codes);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) visit(i, j + 16 * i, vector(tiles, i), 0xFFFF);
+    for (int i = 0; i < 8; ++i) visit(j + 16 * i, vector(tiles, i), 0xFFFF);
   }
   if (j == layer.in) return;
   const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes((layer.in - j) / 8), codes);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    visit(i, j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
+    visit(j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
 }
 
 template <bool Xor, class T>
 void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  alignas(64) float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % kEntries<Xor>]);
+  const __m512 entries = _mm512_load_ps(table);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    each_vector<Xor>(layer, row, [&](int, int64_t j, __m512 value, __mmask16 mask) RS_LAMBDA {
-      store_values(w + j, value, mask);
+    each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
+      store_values(w + j, _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)), mask);
     });
+}
+
+// Adds factor * dw[(row1-row0) * in] of the weights of each entry to total.
+template <bool Xor>
+void sum_entries(const Layer& layer, int64_t row0, int64_t row1, const float* dw, double* total) {
+  const __m512i number = _mm512_set1_epi32(kEntries<Xor> - 1);
+  Bins<kEntries<Xor>> bins;
+  for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
+    each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
+      bins.add(_mm512_and_si512(at.entry, number),
+               _mm512_mul_ps(at.factor, _mm512_maskz_loadu_ps(mask, dw + j)), mask);
+    });
+    bins.drain(total);
+  }
 }
 
 }  // namespace
@@ -210,11 +233,20 @@ void linear_xor(const Layer& layer, const float* x, int64_t m, float* y) {
   lane_linear(layer, x, m, y, table, XorView::kParts, XorView::kLane, kLaneKernels<XorView>);
 }
 
+template <bool Xor>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  double total[kEntries<Xor>] = {};
+  sum_entries<Xor>(layer, row0, row1, dw, total);
+  for (int e = 0; e < kEntries<Xor>; ++e) grads[0][e] += static_cast<float>(total[e]);
+}
+
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
   row.decode = exclusive_or ? decode_rows<true, float> : decode_rows<false, float>;
   row.decode_bf16 = exclusive_or ? decode_rows<true, uint16_t> : decode_rows<false, uint16_t>;
+  row.adjoint = exclusive_or ? adjoint<true> : adjoint<false>;
   row.linear = exclusive_or ? linear_xor : linear_mul;
   row.linear_max_m = 2 * kMaxBatch;
   row.linear_type = exclusive_or ? "16-bit weights and activations per row"

@@ -6,6 +6,7 @@
 //          in 32-bit lanes, where vpermi2d finds two int16 entries at once.
 //          Codebooks of groups of 128 * 2^n weights of 3 or 4 bits become int16 as they are met, in
 //          units of a power of two of each; others are looked up in float32, as decode does.
+// adjoint  of one codebook: codes as in decode, sums by code in registers.
 // decode   the bytes that hold a code by vpermb into 32-bit lanes, shifted by lane, looked up.
 #include "fast.h"
 
@@ -81,6 +82,7 @@ constexpr Parity kParity;
 }  // namespace rs
 
 #include "avx512.h"
+#include "bins_avx512.h"
 #include "lanes_avx512.h"
 
 namespace rs {
@@ -234,6 +236,22 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
                                              RS_LAMBDA { store_lanes(w + j, value, mask); });
 }
 
+// Adds dw[(row1-row0) * in] of the weights of each entry of one codebook to total[Entries].
+template <class Chunk, int Entries>
+void sum_entries(const Layer& layer, int64_t row0, int64_t row1, const float* dw, double* total) {
+  const __m512i numbers =
+      _mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                       _mm512_set1_epi32(Entries - 1));
+  const int64_t size = layer.tile_cols() * layer.tile.bytes;
+  Bins<Entries> bins;
+  for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
+    look_up<Chunk>(layer.codes + row * size, size, layer.in, numbers,
+                   [&](int, int64_t j, __m512i code, __mmask16 mask)
+                       RS_LAMBDA { bins.add(code, _mm512_maskz_loadu_ps(mask, dw + j), mask); });
+    bins.drain(total);
+  }
+}
+
 template <class Chunk, int Entries>
 struct GroupedRows {
   template <class Visit>
@@ -282,6 +300,14 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   lane_linear(layer, x, m, y, table, View::kParts, View::kLane, kLaneKernels<View>);
 }
 
+template <class Chunk, int Entries>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  double total[Entries] = {};
+  sum_entries<Chunk, Entries>(layer, row0, row1, dw, total);
+  for (int e = 0; e < Entries; ++e) grads[0][e] += static_cast<float>(total[e]);
+}
+
 template <class View>
 void fill_linear(Row& row) {
   row.linear = linear<View>;
@@ -318,7 +344,10 @@ void fill(Row& row, bool grouped) {
       grouped ? decode<Chunk, kEntries, true, float> : decode<Chunk, kEntries, false, float>;
   row.decode_bf16 =
       grouped ? decode<Chunk, kEntries, true, uint16_t> : decode<Chunk, kEntries, false, uint16_t>;
-  if (!grouped) return fill_linear<View>(row);
+  if (!grouped) {
+    row.adjoint = adjoint<Chunk, kEntries>;
+    return fill_linear<View>(row);
+  }
   row.linear = grouped_linear<Chunk, kEntries>;
   row.linear_max_m = 2 * kMaxBatch;
 }
