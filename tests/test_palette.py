@@ -46,6 +46,34 @@ def test_every_code_value_decodes_alike_on_every_instruction_set(bits):
             assert walk.relative(packed.linear(x), x.double() @ want.double().t()) <= 3e-3
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("group", [128, 256])
+@pytest.mark.parametrize("isa", walk.isas())
+def test_products_heed_the_codebook_of_every_group_at_any_size(bits, group, isa):
+    packed = walk.random_layer(rs.codec(f"palette(bits={bits}, group={group})"), (33, 3 * group))
+    book = packed.params["codebook"]
+    # Groups of any size, one of zeros and one whose least entry is far below the others.
+    book *= torch.logspace(-12, 12, 33)[:, None, None]
+    book[5, 1] = 0
+    book[6, 2, 1:] *= 1e-9
+    book[7, 0, 0] = -2 * book[7, 0].abs().max()
+    w = reference.decode(*walk.arguments(packed)).double()
+    for batch in (1, 2, 3, 8, 11):
+        x = walk.gaussian(batch, 3 * group, seed=batch)
+        with ops.use_isa(isa):
+            y = packed.linear(x)
+        for row in range(33):
+            want = x.double() @ w[row]
+            noise = x.norm(dim=1) * w[row].norm()  # of a product that may cancel
+            assert ((y[:, row] - want).abs() <= 3e-3 * noise).all(), row
+    book[3, 1, 2] = float("nan")
+    with ops.use_isa(isa):
+        y = packed.linear(walk.gaussian(2, 3 * group))
+    used = packed.decode()[3].isnan().any()
+    assert not used or y[:, 3].isnan().all()
+    assert y[:, [r for r in range(33) if r != 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("spec", ["palette(layout=words, group=40)", "palette(bits=3, group=40)"])
 def test_codes_lie_where_the_layout_says(spec):
     codec = rs.codec(spec)

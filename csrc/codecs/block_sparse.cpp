@@ -228,6 +228,18 @@ void encode_row(const Layer& layer, const float* w, const EncodeOptions& options
 
 }  // namespace
 
+RS_CLONES double wide_dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t kLanes = 16;  // partial sums in a fixed order, whatever the vector width
+  double lanes[kLanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      lanes[lane] += static_cast<double>(a[i + lane]) * b[i + lane];
+  for (; i < n; ++i) lanes[i % kLanes] += static_cast<double>(a[i]) * b[i];
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
 std::vector<Term> block_sparse_terms(const Spec& spec, Shape shape) {
   spec.only({"layout", "mask16"});
   const std::string layout = spec.word("layout", "square");

@@ -124,6 +124,9 @@ void decode_row(const Layer& layer, int64_t row0, int64_t row1, float* w) {
 
 void block_sparse_avx2_slots(Row& row, bool square, bool mask16) {
   row.decode = !square ? decode_row : mask16 ? decode_mask16 : decode_square;
+  row.adjoint = !square  ? block_sparse_adjoint<decode_row>
+                : mask16 ? block_sparse_adjoint<decode_mask16>
+                         : block_sparse_adjoint<decode_square>;
 }
 
 }  // namespace rs

@@ -97,6 +97,9 @@ void block_sparse_avx512_slots(Row& row, bool square, bool mask16) {
   row.decode = !square  ? decode_row
                : mask16 ? decode_square<SquareSparse<true>>
                         : decode_square<SquareSparse<false>>;
+  row.adjoint = !square  ? block_sparse_adjoint<decode_row>
+                : mask16 ? block_sparse_adjoint<decode_square<SquareSparse<true>>>
+                         : block_sparse_adjoint<decode_square<SquareSparse<false>>>;
 }
 
 }  // namespace rs

@@ -18,7 +18,9 @@ namespace {
 
 constexpr __mmask32 kOdd = 0xAAAAAAAA;
 constexpr int kSquares = 4, kGroup = 16 * kSquares;  // rows
-constexpr int64_t kRows = 128;  // whose fields, 12 KB, are in the first cache with one table
+// Rows whose fields are kept while the tables of the batch pass: 12 KB of them are in the first
+// cache with one table, 96 KB in the second, where fewer passes over the tables pay for it.
+constexpr int64_t kFewRows = 128, kManyRows = 1024;
 
 struct Turns {
   alignas(64) int16_t at[32]{};
@@ -197,9 +199,10 @@ void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t
   constexpr int64_t kColumns = 64 / Word::kBytes, kPairs = kColumns / 2;
   const uint8_t* ahead = codes + rows * row_bytes;  // the next rows, fetched in their order
   for (int64_t i = 0; i < batch * rows; ++i) sums[i] = 0;
-  Fields<Word> fields[kRows / kGroup * kPairs];
-  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-    const int64_t r1 = rows - r0 < kRows ? rows : r0 + kRows;
+  Fields<Word> fields[kManyRows / kGroup * kPairs];
+  const int64_t step = batch == 1 ? kFewRows : kManyRows;
+  for (int64_t r0 = 0; r0 < rows; r0 += step) {
+    const int64_t r1 = rows - r0 < step ? rows : r0 + step;
     for (int64_t c = 0; c < columns; c += kColumns) {
       const int64_t bytes = (columns - c) * Word::kBytes;
       const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;

@@ -12,9 +12,11 @@
 namespace rs {
 namespace {
 
-constexpr int64_t kStrip = 32;      // columns whose tables stay in the first cache
-constexpr int64_t kRowBlock = 256;  // rows whose codes stay in the second cache
+constexpr int64_t kStrip = 32;       // columns whose tables stay in the first cache
+constexpr int64_t kRowBlock = 1024;  // rows whose codes stay in the second cache
+constexpr int64_t kTables = 16;      // rows of x at a time, a quarter of a megabyte each
 constexpr int kByteTop = 127;
+constexpr int64_t kMostVectors = 256;
 
 // The basis by columns, (block, vectors).
 struct Basis {
@@ -97,27 +99,24 @@ struct DotTable {
   Lines<int16_t> narrow;
   std::vector<int32_t> wide;  // instead, when 16 bits do not hold them
   double unit = 0;
-
   bool planes;
 
   DotTable(int64_t columns, int64_t vectors, bool planes)
       : narrow(round_up(columns, kStrip) * vectors), planes(planes) {}
 
-  void fill_float(const float* x, const Basis& basis, int64_t columns) {
+  void fill_float(const float* x, const Basis& basis, int64_t columns, float* dots) {
     const int64_t n = basis.vectors;
-    const auto dots = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(columns * n));
     std::atomic<uint32_t> peak{0};
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
-        float_dots(x + c * basis.block, basis.columns.data(), basis.block, n, dots.get() + c * n);
-      raise(peak, peak_bits(dots.get() + begin * n, (end - begin) * n));
+        float_dots(x + c * basis.block, basis.columns.data(), basis.block, n, dots + c * n);
+      raise(peak, peak_bits(dots + begin * n, (end - begin) * n));
     });
     const float most = std::bit_cast<float>(peak.load());
     const Quantum quantum(&most, 1, kCyclicTop);
     unit = quantum.unit;
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
-      to_words(dots.get() + begin * n, (end - begin) * n, quantum.inverse,
-               narrow.get() + begin * n);
+      to_words(dots + begin * n, (end - begin) * n, quantum.inverse, narrow.get() + begin * n);
       if (planes) to_planes(narrow.get() + begin * n, end - begin);
     });
   }
@@ -127,17 +126,24 @@ struct DotTable {
         of_basis(basis.columns.data(), size, kByteTop);
     const std::vector<int32_t> q = to_bytes(x, columns * basis.block, of_x),
                                v = to_bytes(basis.columns.data(), size, of_basis);
-    wide.resize(static_cast<size_t>(columns * n));
     std::atomic<int32_t> peak{0};
     parallel_for(columns, kStrip, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, wide.data() + c * n);
-      raise(peak, peak_of(wide.data() + begin * n, (end - begin) * n));
-      to_words(wide.data() + begin * n, (end - begin) * n, narrow.get() + begin * n);
+      int32_t dots[kMostVectors], most = 0;
+      for (int64_t c = begin; c < end; ++c) {
+        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, dots);
+        most = std::max(most, peak_of(dots, n));
+        to_words(dots, n, narrow.get() + c * n);
+      }
+      raise(peak, most);
       if (planes) to_planes(narrow.get() + begin * n, end - begin);
     });
+    wide.clear();
+    if (peak.load() > kCyclicTop) {
+      wide.resize(static_cast<size_t>(columns * n));
+      for (int64_t c = 0; c < columns; ++c)
+        integer_dots(q.data() + c * basis.block, v.data(), basis.block, n, wide.data() + c * n);
+    }
     unit = double{of_x.unit} * of_basis.unit;
-    if (peak.load() <= kCyclicTop) wide.clear();
   }
 };
 
@@ -184,21 +190,28 @@ template <class Word, bool Integers, CyclicSums Sums, bool Planes = false>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t columns = layer.tile_cols(), row_bytes = columns * Word::kBytes;
   const Basis basis(layer, Word::kVectors);
-  for (int64_t b0 = 0; b0 < m; b0 += kMaxBatch) {
-    const int64_t batch = std::min<int64_t>(kMaxBatch, m - b0);
-    std::vector<DotTable> tables;
+  // Kept over the batch: fresh pages for every row cost as much as the dot products.
+  std::vector<DotTable> tables;
+  const int64_t most = std::min(kTables, m);
+  for (int64_t b = 0; b < most; ++b) tables.emplace_back(columns, Word::kVectors, Planes);
+  const auto dots = std::make_unique_for_overwrite<float[]>(
+      static_cast<size_t>(Integers ? 0 : columns * Word::kVectors));
+  for (int64_t b0 = 0; b0 < m; b0 += kTables) {
+    const int64_t batch = std::min(kTables, m - b0);
     std::vector<const int16_t*> narrow;
     std::vector<int64_t> of_narrow, of_wide;  // rows of x
     for (int64_t b = 0; b < batch; ++b) {
-      DotTable& table = tables.emplace_back(columns, Word::kVectors, Planes);
+      DotTable& table = tables[static_cast<size_t>(b)];
       const float* row = x + (b0 + b) * layer.in;
-      Integers ? table.fill_integer(row, basis, columns) : table.fill_float(row, basis, columns);
+      Integers ? table.fill_integer(row, basis, columns)
+               : table.fill_float(row, basis, columns, dots.get());
       table.unit /= 1 << Word::kShift;
       if (table.wide.empty()) narrow.push_back(table.narrow.get());
       (table.wide.empty() ? of_narrow : of_wide).push_back(b);
     }
     parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
-      int64_t sums[kMaxBatch * kRowBlock];
+      std::vector<int64_t> all(static_cast<size_t>(most * kRowBlock));
+      int64_t* sums = all.data();
       for (int64_t r = begin; r < end; r += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, end - r);
         const uint8_t* codes = layer.codes + r * row_bytes;

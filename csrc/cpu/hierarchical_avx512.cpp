@@ -2,7 +2,9 @@
 //
 // linear   mode=mul: a tile is a 32-bit lane. Four bits of it, two deltas, find two int16
 //          multipliers at once by vpermd; after four lookups the lane's sum meets its base.
-//          mode=xor: in float32, as decode.
+//          mode=xor: the four weights that a tile's base stands for as int16, of all tiles of a
+//          block in two registers; then each weight's delta chooses among them.
+// adjoint  as decode; sums by entry in registers.
 // decode   eight 32-bit lanes per tile, each shifted to its own delta.
 #include "fast.h"
 
@@ -25,6 +27,9 @@ struct Spread {
 };
 constexpr Spread kSpread;
 
+template <bool Xor>
+constexpr int kEntries = Xor ? XorMode::kEntries : MulMode::kEntries;
+
 struct Words {
   alignas(64) uint32_t at[16];
 };
@@ -39,10 +44,42 @@ constexpr Cosines kCosines = {{cosine(127), cosine(117), cosine(90), cosine(49),
                                cosine(-90), cosine(-49), cosine(0), cosine(49), cosine(90),
                                cosine(117)}};
 
+// Of a block of sixteen tiles: where the words of `lookup` half h come from. Part k has the weights
+// of tiles k, 4 + k, 8 + k and 12 + k, so half h the values of parts 2h and 2h + 1, four a tile.
+struct XorBlock {
+  alignas(64) uint16_t base[2][32]{}, mask[32]{}, deltas[4][32]{}, shift[32]{}, first[2][32]{};
+  constexpr XorBlock() {
+    for (int i = 0; i < 32; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        base[h][i] = static_cast<uint16_t>(2 * (4 * (i / 4 % 4) + 2 * h + i / 16));
+        first[h][i] = static_cast<uint16_t>(16 * h + i / 8 * 4);
+      }
+      constexpr int kMask[4] = {0, 0xF0, 0xF00, 0xFF};
+      mask[i] = static_cast<uint16_t>(kMask[i % 4]);
+      for (int k = 0; k < 4; ++k) deltas[k][i] = static_cast<uint16_t>(2 * (i / 8 * 4 + k) + 1);
+      shift[i] = static_cast<uint16_t>(2 * (i % 8));
+    }
+  }
+};
+constexpr XorBlock kXorBlock;
+
+// By diff and phase: 4 T; by amp: amp + 1. Their product and a 15-bit fraction of it are int16.
+struct XorFactors {
+  alignas(64) int16_t turn[64]{}, amp[64]{};
+  constexpr XorFactors() {
+    for (int i = 0; i < 64; ++i) {
+      turn[i] = static_cast<int16_t>(4 * kCyclic[0][(i / 4 + i % 4 * 4) & 15]);
+      amp[i] = static_cast<int16_t>(i + 1);
+    }
+  }
+};
+constexpr XorFactors kXorFactors;
+
 }  // namespace
 }  // namespace rs
 
 #include "avx512.h"
+#include "bins_avx512.h"
 #include "lanes_avx512.h"
 
 namespace rs {
@@ -69,23 +106,59 @@ struct MulView {
   }
 };
 
-RS_INLINE __m512 mul_values(__m512i tile, __m512i delta, __m512 table) {
+struct XorView {
+  static constexpr int kParts = 4, kLane = 8, kBytes = 64;
+  static constexpr bool kScaled = false;
+  struct Words {
+    __m512i codes, values[2];
+  };
+  __m512i levels;
+
+  RS_INLINE explicit XorView(const int16_t* table) : levels(load(table)) {}
+  RS_INLINE __m512i values(__m512i codes, int half) const {
+    const __m512i code = _mm512_xor_si512(
+        _mm512_permutexvar_epi16(load(kXorBlock.base[half]), codes), load(kXorBlock.mask));
+    const __m512i turn = _mm512_permutex2var_epi16(
+        load(kXorFactors.turn), _mm512_srli_epi16(code, 10), load(kXorFactors.turn + 32));
+    const __m512i amp = _mm512_permutex2var_epi16(load(kXorFactors.amp), _mm512_srli_epi16(code, 4),
+                                                  load(kXorFactors.amp + 32));
+    return _mm512_mulhrs_epi16(_mm512_mullo_epi16(turn, amp),
+                               _mm512_permutexvar_epi16(code, levels));
+  }
+  RS_INLINE Words words(__m512i codes) const {
+    return {codes, {values(codes, 0), values(codes, 1)}};
+  }
+  template <int K>
+  RS_INLINE __m512i lookup(const Words& words) const {
+    const __m512i delta = _mm512_srlv_epi16(
+        _mm512_permutexvar_epi16(load(kXorBlock.deltas[K]), words.codes), load(kXorBlock.shift));
+    const __m512i at =
+        _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(3), load(kXorBlock.first[K % 2]), 0xEA);
+    return _mm512_permutexvar_epi16(at, words.values[K / 2]);
+  }
+};
+
+// Sixteen weights are factors times entries of the table; upper bits of `entry` count for nothing.
+struct Weights {
+  __m512 factor;
+  __m512i entry;
+};
+
+RS_INLINE Weights mul_weights(__m512i tile, __m512i delta) {
   const __m512i base = _mm512_srai_epi32(_mm512_slli_epi32(tile, 16), 16);
-  const __m512 factor = _mm512_mul_ps(_mm512_cvtepi32_ps(base), _mm512_set1_ps(1.0f / 512));
-  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(delta, table));
+  return {_mm512_mul_ps(_mm512_cvtepi32_ps(base), _mm512_set1_ps(1.0f / 512)), delta};
 }
 
-RS_INLINE __m512 xor_values(__m512i tile, __m512i delta, __m512 table) {
+RS_INLINE Weights xor_weights(__m512i tile, __m512i delta) {
   const __m512i code = _mm512_xor_si512(tile, _mm512_permutexvar_epi32(delta, load(kMasks.at)));
-  // Lookups heed the low four bits: those above the phase and the level need no mask.
+  // The lookup heeds the low four bits: those above the phase need no mask.
   const __m512i turn =
       _mm512_add_epi32(_mm512_srli_epi32(code, 12),
                        _mm512_and_si512(_mm512_srli_epi32(code, 8), _mm512_set1_epi32(12)));
   const __m512i amp = _mm512_add_epi32(
       _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(63)), _mm512_set1_epi32(1));
   const __m512 cosine = _mm512_permutexvar_ps(turn, _mm512_load_ps(kCosines.at));
-  const __m512 factor = _mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp));  // exact
-  return _mm512_mul_ps(factor, _mm512_permutexvar_ps(code, table));
+  return {_mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp)), code};  // exact
 }
 
 RS_INLINE void store_values(float* w, __m512 x, __mmask16 mask) {
@@ -97,42 +170,49 @@ RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
 
 template <bool Xor, class Visit>
 RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
-  alignas(64) float table[16];
-  for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % (Xor ? 16 : 4)]);
-  const __m512 entries = _mm512_load_ps(table);
   const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
     const __m512i tile = _mm512_permutexvar_epi32(load(kSpread.tile[i]), tiles);
     const __m512i delta = _mm512_srlv_epi32(tile, load(kSpread.shift));
-    return Xor ? xor_values(tile, delta, entries) : mul_values(tile, delta, entries);
+    return Xor ? xor_weights(tile, delta) : mul_weights(tile, delta);
   };
   const uint8_t* codes = layer.codes + row * layer.tile_cols() * 4;
   int64_t j = 0;
   for (; j + 128 <= layer.in; j += 128, codes += 64) {
     const __m512i tiles = load(codes);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) visit(i, j + 16 * i, vector(tiles, i), 0xFFFF);
+    for (int i = 0; i < 8; ++i) visit(j + 16 * i, vector(tiles, i), 0xFFFF);
   }
   if (j == layer.in) return;
   const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes((layer.in - j) / 8), codes);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    visit(i, j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
+    visit(j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
 }
 
 template <bool Xor, class T>
 void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+  alignas(64) float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % kEntries<Xor>]);
+  const __m512 entries = _mm512_load_ps(table);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    each_vector<Xor>(layer, row, [&](int, int64_t j, __m512 value, __mmask16 mask) RS_LAMBDA {
-      store_values(w + j, value, mask);
+    each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
+      store_values(w + j, _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)), mask);
     });
 }
 
-struct XorRows {
-  template <class Visit>
-  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
-    each_vector<true>(layer, row, visit);
+// Adds factor * dw[(row1-row0) * in] of the weights of each entry to total.
+template <bool Xor>
+void sum_entries(const Layer& layer, int64_t row0, int64_t row1, const float* dw, double* total) {
+  const __m512i number = _mm512_set1_epi32(kEntries<Xor> - 1);
+  Bins<kEntries<Xor>> bins;
+  for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
+    each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
+      bins.add(_mm512_and_si512(at.entry, number),
+               _mm512_mul_ps(at.factor, _mm512_maskz_loadu_ps(mask, dw + j)), mask);
+    });
+    bins.drain(total);
   }
-};
+}
 
 }  // namespace
 }  // namespace rs
@@ -149,24 +229,28 @@ void linear_mul(const Layer& layer, const float* x, int64_t m, float* y) {
 }
 
 void linear_xor(const Layer& layer, const float* x, int64_t m, float* y) {
-  float_linear(layer, x, m, y, kFloatKernels<XorRows>);
+  const IntegerTable table(layer.params[0], kXorLevels);
+  lane_linear(layer, x, m, y, table, XorView::kParts, XorView::kLane, kLaneKernels<XorView>);
+}
+
+template <bool Xor>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  double total[kEntries<Xor>] = {};
+  sum_entries<Xor>(layer, row0, row1, dw, total);
+  for (int e = 0; e < kEntries<Xor>; ++e) grads[0][e] += static_cast<float>(total[e]);
 }
 
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
-  if (exclusive_or) {
-    row.decode = decode_rows<true, float>;
-    row.decode_bf16 = decode_rows<true, uint16_t>;
-    row.linear = linear_xor;
-    row.linear_max_m = 2 * kMaxBatch;
-    return;
-  }
-  row.decode = decode_rows<false, float>;
-  row.decode_bf16 = decode_rows<false, uint16_t>;
-  row.linear = linear_mul;
+  row.decode = exclusive_or ? decode_rows<true, float> : decode_rows<false, float>;
+  row.decode_bf16 = exclusive_or ? decode_rows<true, uint16_t> : decode_rows<false, uint16_t>;
+  row.adjoint = exclusive_or ? adjoint<true> : adjoint<false>;
+  row.linear = exclusive_or ? linear_xor : linear_mul;
   row.linear_max_m = 2 * kMaxBatch;
-  row.linear_type = "16-bit multipliers and activations per row";
+  row.linear_type = exclusive_or ? "16-bit weights and activations per row"
+                                 : "16-bit multipliers and activations per row";
 }
 
 }  // namespace rs

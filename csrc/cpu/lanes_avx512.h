@@ -6,6 +6,7 @@
 //   words(codes)              a block's codes as lookup() wants them
 //   lookup<k>(words)          32 int16 weights
 //   kScaled, scale(words)     whether 32-bit lanes have a float factor of their own, and that
+// A View with a table for every row and block is View(layer) and words(codes, row, block) instead.
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns inside its own intrinsics
@@ -18,8 +19,8 @@ namespace {
 template <int B>
 constexpr int kLaneRows = B == 1 ? 1 : 4;  // rows at a time: their blocks meet the same activations
 
-template <class View, int B, int K = 0>
-RS_INLINE void add_parts(const View& view, __m512i words, const int16_t* x, __m512i* acc) {
+template <class View, int B, int K = 0, class Words>
+RS_INLINE void add_parts(const View& view, const Words& words, const int16_t* x, __m512i* acc) {
   if constexpr (K < View::kParts) {
     const __m512i w = view.template lookup<K>(words);
     for (int b = 0; b < B; ++b)
@@ -28,11 +29,20 @@ RS_INLINE void add_parts(const View& view, __m512i words, const int16_t* x, __m5
   }
 }
 
+template <class View>
+RS_INLINE auto words_of(const View& view, __m512i codes, int64_t row, int64_t block) {
+  if constexpr (requires { view.words(codes, row, block); })
+    return view.words(codes, row, block);
+  else
+    return view.words(codes);
+}
+
 template <class View, int B>
-RS_INLINE void add_block(const View& view, __m512i codes, const int16_t* x, __m512* total) {
+RS_INLINE void add_block(const View& view, __m512i codes, int64_t row, int64_t block,
+                         const int16_t* x, __m512* total) {
   __m512i acc[B];
   for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
-  const __m512i words = view.words(codes);
+  const auto words = words_of(view, codes, row, block);
   add_parts<View, B>(view, words, x, acc);
   for (int b = 0; b < B; ++b) {
     const __m512 sum = _mm512_cvtepi32_ps(acc[b]);
@@ -65,15 +75,16 @@ void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end)
 #pragma GCC unroll 1
     for (int r = 0; r < R; ++r) {
       _mm_prefetch(codes[r] + ahead, _MM_HINT_T0);
-      add_block<View, B>(view, _mm512_maskz_loadu_epi8(kWhole, codes[r]), values, total[r]);
+      add_block<View, B>(view, _mm512_maskz_loadu_epi8(kWhole, codes[r]), at[r], block, values,
+                         total[r]);
       codes[r] += View::kBytes;
     }
   }
   if (rest) {
 #pragma GCC unroll 1
     for (int r = 0; r < R; ++r)
-      add_block<View, B>(view, _mm512_maskz_loadu_epi8((1ull << rest) - 1, codes[r]), values,
-                         total[r]);
+      add_block<View, B>(view, _mm512_maskz_loadu_epi8((1ull << rest) - 1, codes[r]), at[r], full,
+                         values, total[r]);
   }
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
@@ -81,9 +92,17 @@ void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end)
         y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b] * table.unit;
 }
 
+template <class View>
+RS_INLINE View view_of(const LaneProduct& p) {
+  if constexpr (requires { View(p.layer); })
+    return View(p.layer);
+  else
+    return View(p.table.at);
+}
+
 template <class View, int B>
 void lane_product(const LaneProduct& p, int64_t row0, int64_t row1) {
-  const View view(p.table.at);
+  const View view = view_of<View>(p);
   for (; row0 < row1; row0 += kLaneRows<B>) lane_rows<View, B>(view, p, row0, row1);
 }
 

@@ -4,7 +4,9 @@
 //          them up among 32 int16 entries: a smaller codebook repeats, so bits above a code change
 //          nothing. Words of 3 dense bits are cut by vpermb and vpmultishiftqb. Codes of a pair are
 //          in 32-bit lanes, where vpermi2d finds two int16 entries at once.
-//          Codebooks of groups are looked up in float32, as decode does.
+//          Codebooks of groups of 128 * 2^n weights of 3 or 4 bits become int16 as they are met, in
+//          units of a power of two of each; others are looked up in float32, as decode does.
+// adjoint  of one codebook: codes as in decode, sums by code in registers.
 // decode   the bytes that hold a code by vpermb into 32-bit lanes, shifted by lane, looked up.
 #include "fast.h"
 
@@ -80,6 +82,7 @@ constexpr Parity kParity;
 }  // namespace rs
 
 #include "avx512.h"
+#include "bins_avx512.h"
 #include "lanes_avx512.h"
 
 namespace rs {
@@ -93,7 +96,8 @@ struct ScalarView {
   __m512i entries;
 
   RS_INLINE explicit ScalarView(const int16_t* table) : entries(load(table)) {}
-  RS_INLINE __m512i words(__m512i codes) const {
+  RS_INLINE __m512i words(__m512i codes) const { return spread(codes); }
+  static RS_INLINE __m512i spread(__m512i codes) {
     if constexpr (BlockBytes == 48)
       return _mm512_multishift_epi64_epi8(
           load(kThreeBits.cut.at), _mm512_permutexvar_epi8(load(kThreeBits.bytes.at), codes));
@@ -103,6 +107,51 @@ struct ScalarView {
   RS_INLINE __m512i lookup(__m512i words) const {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, K * Bits), entries);
   }
+};
+
+// Blocks of 128 weights, each with the codebook of its group.
+template <int Bits>
+struct GroupView {
+  using Scalar = ScalarView<Bits, 4, 16 * Bits>;
+  static constexpr int kParts = 4, kLane = 1, kBytes = 16 * Bits, kBlock = 128;
+  static constexpr bool kScaled = true;
+  struct Words {
+    __m512i codes, entries;
+    __m512 unit;
+  };
+  const float* books;
+  int64_t groups;
+  int blocks_log2;  // in a group
+
+  RS_INLINE explicit GroupView(const Layer& layer)
+      : books(layer.params[0]),
+        groups(layer.tile_cols()),
+        blocks_log2(std::countr_zero(static_cast<uint64_t>(layer.tile.cols / kBlock))) {}
+  RS_INLINE Words words(__m512i codes, int64_t row, int64_t block) const {
+    const float* at = books + ((row * groups + (block >> blocks_log2)) << Bits);
+    const __m512 book =
+        Bits == 4 ? _mm512_loadu_ps(at) : _mm512_broadcast_f32x8(_mm256_loadu_ps(at));
+    // Magnitudes order like their bits, with NaN above infinity: either one makes the unit no
+    // number, a codebook of zeros makes it zero.
+    __m512i peak = _mm512_and_si512(_mm512_castps_si512(book), _mm512_set1_epi32(0x7FFFFFFF));
+    peak = _mm512_max_epu32(peak, _mm512_shuffle_epi32(peak, _MM_PERM_BADC));
+    peak = _mm512_max_epu32(peak, _mm512_shuffle_epi32(peak, _MM_PERM_CDAB));
+    peak = _mm512_max_epu32(peak, _mm512_shuffle_i32x4(peak, peak, 0xB1));
+    if constexpr (Bits == 4) peak = _mm512_max_epu32(peak, _mm512_shuffle_i32x4(peak, peak, 0x4E));
+    const __m512 shift = _mm512_sub_ps(_mm512_getexp_ps(_mm512_castsi512_ps(peak)),
+                                       _mm512_set1_ps(std::bit_width(0u + kTableTop) - 1));
+    const __m512 scaled = _mm512_scalef_ps(book, _mm512_sub_ps(_mm512_setzero_ps(), shift));
+    const __m512i whole =
+        _mm512_min_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(kTableTop));
+    const __m256i entries = _mm512_cvtepi32_epi16(whole);
+    return {Scalar::spread(codes), _mm512_broadcast_i64x4(entries),
+            _mm512_scalef_ps(_mm512_set1_ps(1.0f), shift)};
+  }
+  template <int K>
+  RS_INLINE __m512i lookup(const Words& words) const {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words.codes, K * Bits), words.entries);
+  }
+  RS_INLINE __m512 scale(const Words& words) const { return words.unit; }
 };
 
 struct PairView {
@@ -187,6 +236,22 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
                                              RS_LAMBDA { store_lanes(w + j, value, mask); });
 }
 
+// Adds dw[(row1-row0) * in] of the weights of each entry of one codebook to total[Entries].
+template <class Chunk, int Entries>
+void sum_entries(const Layer& layer, int64_t row0, int64_t row1, const float* dw, double* total) {
+  const __m512i numbers =
+      _mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                       _mm512_set1_epi32(Entries - 1));
+  const int64_t size = layer.tile_cols() * layer.tile.bytes;
+  Bins<Entries> bins;
+  for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
+    look_up<Chunk>(layer.codes + row * size, size, layer.in, numbers,
+                   [&](int, int64_t j, __m512i code, __mmask16 mask)
+                       RS_LAMBDA { bins.add(code, _mm512_maskz_loadu_ps(mask, dw + j), mask); });
+    bins.drain(total);
+  }
+}
+
 template <class Chunk, int Entries>
 struct GroupedRows {
   template <class Visit>
@@ -235,6 +300,14 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   lane_linear(layer, x, m, y, table, View::kParts, View::kLane, kLaneKernels<View>);
 }
 
+template <class Chunk, int Entries>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  double total[Entries] = {};
+  sum_entries<Chunk, Entries>(layer, row0, row1, dw, total);
+  for (int e = 0; e < Entries; ++e) grads[0][e] += static_cast<float>(total[e]);
+}
+
 template <class View>
 void fill_linear(Row& row) {
   row.linear = linear<View>;
@@ -247,6 +320,23 @@ void grouped_linear(const Layer& layer, const float* x, int64_t m, float* y) {
   float_linear(layer, x, m, y, kFloatKernels<GroupedRows<Chunk, Entries>>);
 }
 
+template <int Bits>
+void group_linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  using View = GroupView<Bits>;
+  const float one = 1.0f;
+  IntegerTable table(&one, 1);  // not looked at
+  table.unit = one;
+  lane_linear(layer, x, m, y, table, View::kParts, View::kLane, kLaneKernels<View>);
+}
+
+template <int Bits>
+void fill_groups(Row& row) {
+  const int64_t group = row.tile.cols, block = GroupView<Bits>::kBlock;
+  if (group < block || !std::has_single_bit(static_cast<uint64_t>(group))) return;
+  row.linear = group_linear<Bits>;
+  row.linear_type = "16-bit codebooks and activations per row";
+}
+
 template <class Chunk, class View>
 void fill(Row& row, bool grouped) {
   constexpr int kEntries = View::kEntries;
@@ -254,7 +344,10 @@ void fill(Row& row, bool grouped) {
       grouped ? decode<Chunk, kEntries, true, float> : decode<Chunk, kEntries, false, float>;
   row.decode_bf16 =
       grouped ? decode<Chunk, kEntries, true, uint16_t> : decode<Chunk, kEntries, false, uint16_t>;
-  if (!grouped) return fill_linear<View>(row);
+  if (!grouped) {
+    row.adjoint = adjoint<Chunk, kEntries>;
+    return fill_linear<View>(row);
+  }
   row.linear = grouped_linear<Chunk, kEntries>;
   row.linear_max_m = 2 * kMaxBatch;
 }
@@ -274,9 +367,11 @@ void palette_avx512_slots(Row& row, PaletteLayout layout, int bits, bool grouped
     case 2:
       return fill<DenseChunk<2>, ScalarView<2, 8, 64>>(row, grouped);
     case 3:
-      return fill<DenseChunk<3>, ScalarView<3, 4, 48>>(row, grouped);
+      fill<DenseChunk<3>, ScalarView<3, 4, 48>>(row, grouped);
+      return grouped ? fill_groups<3>(row) : void();
     case 4:
-      return fill<DenseChunk<4>, ScalarView<4, 4, 64>>(row, grouped);
+      fill<DenseChunk<4>, ScalarView<4, 4, 64>>(row, grouped);
+      return grouped ? fill_groups<4>(row) : void();
   }
 }
 

@@ -18,6 +18,7 @@
 #include <array>
 
 #include "parallel.h"
+#include "trellis_cuts.h"
 #include "trellis_integers.h"
 
 namespace rs {
@@ -26,12 +27,6 @@ namespace {
 struct alignas(64) Words {
   uint16_t at[32];
 };
-
-// Byte of a tile where the q-th byte of its ring is, first bit most significant.
-template <int K>
-constexpr uint8_t ring_byte(int q) {
-  return static_cast<uint8_t>(q % (16 * K) ^ 1);
-}
 
 // Even k: word w of lane i is the ring's 16 bits from 4 * k * i + 16 * w on.
 template <int K>
@@ -42,25 +37,6 @@ constexpr std::array<Bytes, 3> lane_words() {
       for (int high = 0; high < 2; ++high)
         words[w].at[2 * i + high] = ring_byte<K>(K / 2 * i + 2 * w + 1 - high);
   return words;
-}
-
-// Where 64 bits hold the windows of four states, by pairs of neighbours of which each has 32 bits:
-// `bytes` fetches them and `cut` says where in the 64 bits each byte of the states starts.
-struct Cut {
-  Bytes bytes, cut;
-};
-
-// The ring's 32 bits around states n and n+1 into 32-bit lane `lane`; both states start in them.
-template <int K>
-constexpr void fetch_pair(Bytes& bytes, int lane, int n) {
-  for (int t = 0; t < 4; ++t) bytes.at[4 * lane + t] = ring_byte<K>(K * n / 8 + 3 - t);
-}
-// Lane `to` (16 bits) becomes state n + half of the pair fetched into 32-bit lane `lane`.
-template <int K>
-constexpr void cut_state(Bytes& cut, int to, int lane, int n, int half) {
-  const int at = 32 * (lane % 2) + 16 - K * n % 8 - K * half;
-  cut.at[2 * to] = static_cast<uint8_t>(at);
-  cut.at[2 * to + 1] = static_cast<uint8_t>(at + 8);
 }
 
 // Odd k: step j of a product.
@@ -112,34 +88,10 @@ constexpr Words kNextWord = next_word();
 }  // namespace rs
 
 #include "avx512.h"
+#include "trellis_states_avx512.h"
 
 namespace rs {
 namespace {
-
-// The 16 * K bytes of a tile; nothing past them is touched.
-template <int K>
-struct TileBytes {
-  __m512i low, high;
-
-  RS_INLINE explicit TileBytes(const uint8_t* tile)
-      : low(first < K<4 ? 16 * K : 64>(tile)),
-        high(K > 4 ? first<K <= 4 ? 64 : 16 * K - 64>(tile + 64) : low) {}
-  // Masked loads are a little slower, and much beside stores.
-  template <int Size>
-  static RS_INLINE __m512i first(const uint8_t* p) {
-    if constexpr (Size == 64) return load(p);
-    const __m128i* parts = reinterpret_cast<const __m128i*>(p);
-    if constexpr (Size == 16) return _mm512_castsi128_si512(_mm_loadu_si128(parts));
-    const __m512i half =
-        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    if constexpr (Size == 32) return half;
-    return _mm512_inserti32x4(half, _mm_loadu_si128(parts + 2), 2);
-  }
-  RS_INLINE __m512i permute(const Bytes& index) const {
-    if constexpr (K <= 4) return _mm512_permutexvar_epi8(load(index.at), low);
-    return _mm512_permutex2var_epi8(low, load(index.at), high);
-  }
-};
 
 // The states of the four steps of a product.
 template <int K>
@@ -160,14 +112,6 @@ RS_INLINE void step_states(const uint8_t* tile, __m512i* s) {
     s[3] = K == 4 ? _mm512_shldi_epi16(a, b, 12)
                   : _mm512_shldi_epi16(b, bytes.permute(words[2]), 3 * K % 16);
   }
-}
-
-// High and low half of state * kTrellisMultiplier.
-RS_INLINE void hash(__m512i s, __m512i* high, __m512i* low) {
-  const __m512i m1 = _mm512_set1_epi16(static_cast<short>(kTrellisMultiplier >> 16));
-  const __m512i m0 = _mm512_set1_epi16(static_cast<short>(kTrellisMultiplier & 0xFFFF));
-  *high = _mm512_add_epi16(_mm512_mullo_epi16(s, m1), _mm512_mulhi_epu16(s, m0));
-  *low = _mm512_mullo_epi16(s, m0);
 }
 
 struct IntegerTables {

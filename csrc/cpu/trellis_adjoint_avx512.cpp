@@ -1,0 +1,153 @@
+// Gradient of the trellis's table on AVX-512 (BW, VBMI): the states of a tile are hashed 32 at a
+// time and leave an address and a signed pair of gradients each, which are then added one by one to
+// histograms of the table's 1024 points. Neighbouring states take turns among the histograms, so
+// that an addition seldom waits for the one before it.
+#include "fast.h"
+
+#if RS_FAST_X86
+#include <array>
+
+#include "trellis_cuts.h"
+#include "trellis_integers.h"
+
+namespace rs {
+namespace {
+
+constexpr int kHistograms = 2;
+
+// States 32 * g to 32 * g + 31 in their order.
+template <int K>
+constexpr std::array<Cut, 4> state_cuts() {
+  std::array<Cut, 4> groups{};
+  for (int g = 0; g < 4; ++g)
+    for (int lane = 0; lane < 16; ++lane) {
+      fetch_pair<K>(groups[g].bytes, lane, 32 * g + 2 * lane);
+      for (int half = 0; half < 2; ++half)
+        cut_state<K>(groups[g].cut, 2 * lane + half, lane, 32 * g + 2 * lane, half);
+    }
+  return groups;
+}
+template <int K>
+constexpr auto kStateCuts = state_cuts<K>();
+
+// The upper halves of the 32-bit lanes of a row: of its eight states in turn, bits 31..16 of the
+// hash and bits 15..0, whose uppermost are the signs of u and v.
+struct SignWords {
+  alignas(64) uint16_t at[4][32]{};
+  constexpr SignWords() {
+    for (int row = 0; row < 4; ++row)
+      for (int i = 0; i < 16; ++i)
+        at[row][2 * i + 1] = static_cast<uint16_t>(8 * row + i / 2 + i % 2 * 32);
+  }
+};
+constexpr SignWords kSignWords;
+
+// du, dv of a table's point side by side.
+struct Histograms {
+  alignas(64) float at[kHistograms][1024][2] = {};
+};
+
+// A tile's states: where in a histogram, in bytes, and what to add.
+struct alignas(64) Additions {
+  uint16_t offset[128];
+  float pair[128][2];
+};
+
+}  // namespace
+}  // namespace rs
+
+#include "avx512.h"
+#include "trellis_states_avx512.h"
+
+namespace rs {
+namespace {
+
+template <int K>
+RS_INLINE void hash_tile(const uint8_t* tile, const float* dw, int64_t stride, Additions& to) {
+  const TileBytes<K> bytes(tile);
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const __m512i states = _mm512_multishift_epi64_epi8(load(kStateCuts<K>[g].cut.at),
+                                                        bytes.permute(kStateCuts<K>[g].bytes));
+    __m512i high, low;
+    hash(states, &high, &low);
+    // Bits 14..5 of the high half are the point's number.
+    _mm512_store_si512(to.offset + 32 * g,
+                       _mm512_and_si512(_mm512_srli_epi16(high, 2), _mm512_set1_epi16(1023 * 8)));
+#pragma GCC unroll 4
+    for (int row = 0; row < 4; ++row) {
+      const __m512i flips = _mm512_permutex2var_epi16(high, load(kSignWords.at[row]), low);
+      const __m512i pairs = load(dw + (4 * g + row) * stride);
+      _mm512_store_si512(to.pair[32 * g + 8 * row],
+                         _mm512_ternarylogic_epi32(pairs, flips, sign, 0x78));
+    }
+  }
+}
+
+RS_INLINE void add_pair(Histograms& sums, int histogram, uint16_t offset, const float* pair) {
+  auto* at = reinterpret_cast<__m128i*>(reinterpret_cast<char*>(sums.at[histogram]) + offset);
+  const __m128 sum =
+      _mm_add_ps(_mm_castsi128_ps(_mm_loadl_epi64(at)),
+                 _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pair))));
+  _mm_storel_epi64(at, _mm_castps_si128(sum));
+}
+
+template <int K>
+void add_tiles(const Layer& layer, int64_t row0, int64_t row1, const float* dw, Histograms& sums) {
+  Additions additions;
+  const uint8_t* tile = layer.codes + row0 / 16 * layer.tile_cols() * 16 * K;
+  for (int64_t row = row0; row < row1; row += 16, dw += 16 * layer.in)
+    for (int64_t col = 0; col < layer.in; col += 16, tile += 16 * K) {
+      hash_tile<K>(tile, dw + col, layer.in, additions);
+#pragma GCC unroll 4
+      for (int n = 0; n < 128; ++n)
+        add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);
+    }
+}
+
+}  // namespace
+}  // namespace rs
+
+#pragma GCC pop_options
+
+namespace rs {
+namespace {
+
+template <int K>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  const auto sums = std::make_unique<Histograms>();
+  add_tiles<K>(layer, row0, row1, dw, *sums);
+  typename Trellis<K>::Grad grad;
+  for (const auto& histogram : sums->at)
+    for (int i = 0; i < 1024; ++i) grad.u[i] += histogram[i][0], grad.v[i] += histogram[i][1];
+  grad.finish(typename Trellis<K>::Tables(layer), grads);
+}
+
+}  // namespace
+
+void trellis_adjoint_avx512_slots(Row& row, int k) {
+  switch (k) {
+    case 3:
+      row.adjoint = adjoint<3>;
+      return;
+    case 4:
+      row.adjoint = adjoint<4>;
+      return;
+    case 5:
+      row.adjoint = adjoint<5>;
+      return;
+    case 6:
+      row.adjoint = adjoint<6>;
+      return;
+    case 7:
+      row.adjoint = adjoint<7>;
+      return;
+    case 8:
+      row.adjoint = adjoint<8>;
+      return;
+  }
+}
+
+}  // namespace rs
+#endif
