@@ -118,10 +118,11 @@ template <int K>
 void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
   const auto sums = std::make_unique<Histograms>();
   add_tiles<K>(layer, row0, row1, dw, *sums);
-  typename Trellis<K>::Grad grad;
+  double all[Trellis<K>::kSums] = {};
   for (const auto& histogram : sums->at)
-    for (int i = 0; i < 1024; ++i) grad.u[i] += histogram[i][0], grad.v[i] += histogram[i][1];
-  grad.finish(typename Trellis<K>::Tables(layer), grads);
+    for (int i = 0; i < 1024; ++i) all[i] += histogram[i][0], all[1024 + i] += histogram[i][1];
+  const typename Trellis<K>::Tables tables(layer);
+  for (int f = 0; f < Trellis<K>::kFolds; ++f) Trellis<K>::fold(f, tables, all, grads);
 }
 
 }  // namespace
