@@ -6,6 +6,7 @@
 namespace rs::cuda {
 
 CudaRow adaptive_precision_row(const Term&);
+CudaRow cyclic_row(const Term&);
 CudaRow cyclic_scalar_row(const Term&);
 CudaRow hierarchical_row(const Term&);
 CudaRow palette_row(const Term&);
@@ -20,6 +21,7 @@ struct CudaEntry {
 
 constexpr CudaEntry kCudaRows[] = {
     {"adaptive_precision", adaptive_precision_row},
+    {"cyclic", cyclic_row},
     {"cyclic_scalar", cyclic_scalar_row},
     {"hierarchical", hierarchical_row},
     {"palette", palette_row},
