@@ -11,6 +11,7 @@ CudaRow cyclic_row(const Term&);
 CudaRow cyclic_scalar_row(const Term&);
 CudaRow hierarchical_row(const Term&);
 CudaRow palette_row(const Term&);
+CudaRow seed64_row(const Term&);
 CudaRow sparse_row(const Term&);
 CudaRow trellis_row(const Term&);
 CudaRow ultra_row(const Term&);
@@ -29,6 +30,7 @@ constexpr CudaEntry kCudaRows[] = {
     {"cyclic_scalar", cyclic_scalar_row},
     {"hierarchical", hierarchical_row},
     {"palette", palette_row},
+    {"seed64", seed64_row},
     {"sparse", sparse_row},
     {"trellis", trellis_row},
     {"ultra", ultra_row},
