@@ -6,6 +6,7 @@
 namespace rs::cuda {
 
 CudaRow adaptive_precision_row(const Term&);
+CudaRow bitfield_row(const Term&);
 CudaRow block_sparse_row(const Term&);
 CudaRow cyclic_row(const Term&);
 CudaRow cyclic_scalar_row(const Term&);
@@ -25,6 +26,7 @@ struct CudaEntry {
 
 constexpr CudaEntry kCudaRows[] = {
     {"adaptive_precision", adaptive_precision_row},
+    {"bitfield", bitfield_row},
     {"block_sparse", block_sparse_row},
     {"cyclic", cyclic_row},
     {"cyclic_scalar", cyclic_scalar_row},
