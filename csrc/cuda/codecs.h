@@ -11,6 +11,7 @@ CudaRow block_sparse_row(const Term&);
 CudaRow cyclic_row(const Term&);
 CudaRow cyclic_scalar_row(const Term&);
 CudaRow hierarchical_row(const Term&);
+CudaRow hybrid_row(const Term&);
 CudaRow palette_row(const Term&);
 CudaRow seed64_row(const Term&);
 CudaRow sparse_row(const Term&);
@@ -31,6 +32,7 @@ constexpr CudaEntry kCudaRows[] = {
     {"cyclic", cyclic_row},
     {"cyclic_scalar", cyclic_scalar_row},
     {"hierarchical", hierarchical_row},
+    {"hybrid", hybrid_row},
     {"palette", palette_row},
     {"seed64", seed64_row},
     {"sparse", sparse_row},
