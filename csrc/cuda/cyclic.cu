@@ -1,6 +1,7 @@
 #include "../codecs/cyclic.h"
 
 #include "codecs.h"
+#include "cyclic_integer.h"
 #include "loops.cuh"
 
 namespace rs::cuda {
@@ -42,18 +43,20 @@ struct CyclicUnits {
 };
 
 template <class Word>
-CudaRow row_of(int64_t block) {
-  const int64_t sums = Word::kVectors * block;
-  return block % 8 ? loop_row<CyclicUnits<Word, 1>>(sums) : loop_row<CyclicUnits<Word, 8>>(sums);
+CudaRow row_of(const Term& term) {
+  const int64_t block = term.row.tile.cols, sums = Word::kVectors * block;
+  CudaRow row =
+      block % 8 ? loop_row<CyclicUnits<Word, 1>>(sums) : loop_row<CyclicUnits<Word, 8>>(sums);
+  if (term.spec.word("activation", "float") == "int8") cyclic_integer_slots<Word>(row);
+  return row;
 }
 
 }  // namespace
 
 CudaRow cyclic_row(const Term& term) {
-  const int64_t block = term.row.tile.cols;
-  if (term.spec.number("word", 16) == 32) return row_of<Cyclic32Word>(block);
-  return term.spec.flag("compound", false) ? row_of<CyclicCompoundWord>(block)
-                                           : row_of<Cyclic16Word>(block);
+  if (term.spec.number("word", 16) == 32) return row_of<Cyclic32Word>(term);
+  return term.spec.flag("compound", false) ? row_of<CyclicCompoundWord>(term)
+                                           : row_of<Cyclic16Word>(term);
 }
 
 }  // namespace rs::cuda
