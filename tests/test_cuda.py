@@ -31,7 +31,7 @@ def error(found, wanted, size=0.0):
 
 
 def product_size(x, w):
-    """What roundings of x and w sum up in proportion to in x @ w.T: x @ w.T, unless terms cancel."""
+    """What the roundings in x @ w.T are in proportion to: its norm, unless terms cancel."""
     return (x.double() ** 2 @ w.double().T ** 2).sqrt().norm()
 
 
