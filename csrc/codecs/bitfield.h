@@ -59,8 +59,8 @@ struct Bitfield {
 
   // First byte of the four that hold code k. The fourth of a tile ends with it: its window starts a
   // byte early.
-  static constexpr int window(int k) { return Word == 32 ? 0 : k == 3 ? 7 : 22 * k / 8; }
-  static uint32_t code(const uint8_t* tile, int k) {
+  RS_HD static constexpr int window(int k) { return Word == 32 ? 0 : k == 3 ? 7 : 22 * k / 8; }
+  RS_HD static uint32_t code(const uint8_t* tile, int k) {
     uint32_t bits;
     std::memcpy(&bits, tile + window(k), 4);
     if constexpr (Word == 32) return bits;
@@ -74,9 +74,9 @@ struct Bitfield {
     std::memcpy(tile + window(k), &bits, 4);
   }
 
-  static uint32_t index(uint32_t code) { return code >> (Word == 22 ? 10 : 12) & 255; }
-  static uint32_t phase(uint32_t code) { return Word == 22 ? 0 : code >> 24; }
-  static uint32_t entry(uint32_t code) {
+  RS_HD static uint32_t index(uint32_t code) { return code >> (Word == 22 ? 10 : 12) & 255; }
+  RS_HD static uint32_t phase(uint32_t code) { return Word == 22 ? 0 : code >> 24; }
+  RS_HD static uint32_t entry(uint32_t code) {
     return Word == 22 ? (code >> 8 & 0x3C00) | (code & 0x3FF)
                       : (code >> 8 & 0xF000) | (code & 0xFFF);
   }
@@ -90,7 +90,7 @@ struct Bitfield {
   }
 
   static uint8_t* fraction_at(uint8_t* tile, int k) { return tile + kCodeBytes + k * kWidth; }
-  static float stored_fraction(const uint8_t* tile, int k) {
+  RS_HD static float stored_fraction(const uint8_t* tile, int k) {
     const uint8_t* at = tile + kCodeBytes + k * kWidth;
     if constexpr (Width == Amplitude::uint16) {
       uint16_t t;
@@ -103,7 +103,7 @@ struct Bitfield {
     }
   }
 
-  static float interpolate(float t, uint32_t at, const float* table) {
+  RS_HD static float interpolate(float t, uint32_t at, const float* table) {
     const float low = t > 0 ? t : 0.0f, held = low < 1 ? low : 1.0f;
     const uint32_t next = at + ((at & 255) < 255);
     return add(table[at], mul(held, add(table[next], -table[at])));
@@ -124,8 +124,8 @@ struct Bitfield {
   };
 
   // The factor of code k's basis vector, from the table of values or of slopes.
-  static float factor(const uint8_t* tile, int k, uint32_t code, const float* table,
-                      const float* cosine) {
+  RS_HD static float factor(const uint8_t* tile, int k, uint32_t code, const float* table,
+                            const float* cosine) {
     const uint32_t at = entry(code);
     if constexpr (Width != Amplitude::byte) return interpolate(stored_fraction(tile, k), at, table);
     return Word == 22 ? table[at] : mul(table[at], cosine[phase(code)]);

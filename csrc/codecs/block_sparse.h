@@ -49,13 +49,15 @@ struct SquareSparse : BlockSparseSums {
   struct Tables {
     float scale;
     uint16_t masks[Mask16 ? 1 : 256];
-    explicit Tables(const Layer& layer) : scale(*layer.params[kScale]) {
+    template <class L>
+    RS_HD explicit Tables(const L& layer) : scale(*layer.params[kScale]) {
       if constexpr (!Mask16) {
-        const auto* bytes = reinterpret_cast<const uint8_t*>(layer.params[kMasks]);
-        for (int i = 0; i < 256; ++i)
-          masks[i] = static_cast<uint16_t>(
-              first_four(static_cast<uint32_t>(bytes[2 * i] | bytes[2 * i + 1] << 8)));
+        for (int i = 0; i < 256; ++i) masks[i] = pattern(layer.params[kMasks], i);
       }
+    }
+    RS_HD static uint16_t pattern(const float* param, int i) {
+      const auto* bytes = reinterpret_cast<const uint8_t*>(param) + 2 * i;
+      return static_cast<uint16_t>(first_four(static_cast<uint32_t>(bytes[0] | bytes[1] << 8)));
     }
   };
 
@@ -94,9 +96,10 @@ struct RowSparse : BlockSparseSums {
     float at[256][8];
     Cosines() {
       for (int phase = 0; phase < 256; ++phase)
-        for (int j = 0; j < 8; ++j)
-          at[phase][j] =
-              static_cast<float>(turn_cosine(static_cast<uint64_t>(phase + 32 * j), 256));
+        for (int j = 0; j < 8; ++j) at[phase][j] = of(phase, j);
+    }
+    RS_HD static float of(int phase, int j) {
+      return static_cast<float>(turn_cosine(static_cast<uint64_t>(phase + 32 * j), 256));
     }
     static const Cosines& get() {
       static const Cosines table;
@@ -112,13 +115,14 @@ struct RowSparse : BlockSparseSums {
   RS_HD static float base(const uint8_t* tile) {
     return static_cast<float>(static_cast<int8_t>(tile[1]));
   }
-  RS_HD static void decode(const uint8_t* tile, int64_t, int64_t, int, const Tables& t, float* w) {
+  template <class T>
+  RS_HD static void decode(const uint8_t* tile, int64_t, int64_t, int, const T& t, float* w) {
     const float size = mul(base(tile), t.scale);
     for (int j = 0; j < 8; ++j) w[j] = tile[0] >> j & 1 ? mul(size, t.cosine.at[tile[2]][j]) : 0.0f;
   }
-  template <class Sums>
-  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int, const Tables& t,
-                            const float* dw, Sums& sums) {
+  template <class T, class Sums>
+  RS_HD static void adjoint(const uint8_t* tile, int64_t, int64_t, int, const T& t, const float* dw,
+                            Sums& sums) {
     float sum = 0;
     for (int j = 0; j < 8; ++j)
       if (tile[0] >> j & 1) sum += t.cosine.at[tile[2]][j] * dw[j];

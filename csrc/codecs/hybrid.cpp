@@ -7,7 +7,6 @@
 
 #include "../cpu/clones.h"
 #include "../cpu/parallel.h"
-#include "../trig.h"
 
 namespace rs {
 
@@ -15,29 +14,14 @@ HybridTables::HybridTables(int64_t side)
     : side(side),
       cosine(std::make_unique<float[]>(static_cast<size_t>(side * side))),
       smooth(std::make_unique<float[]>(static_cast<size_t>(kSmooth * side * side))) {
-  const auto n = static_cast<double>(side);
   for (int64_t u = 0; u < side; ++u)
     for (int64_t i = 0; i < side; ++i)
-      cosine[u * side + i] = static_cast<float>(mul(
-          std::sqrt((u ? 2.0 : 1.0) / n),
-          turn_cosine(static_cast<uint64_t>((2 * i + 1) * u), static_cast<uint64_t>(4 * side))));
-  for (int64_t i = 0; i < side; ++i)
-    for (int64_t j = 0; j < side; ++j) {
-      // The side is even, so no weight sits at rho = 0.
-      const double y = static_cast<double>(2 * i - (side - 1)) / (n - 1),
-                   x = static_cast<double>(2 * j - (side - 1)) / (n - 1);
-      const double square = add(mul(x, x), mul(y, y)), rho = std::sqrt(square);
-      const double b[kSmooth] = {1.0,
-                                 rho,
-                                 square,
-                                 mul(rho, square),
-                                 x / rho,
-                                 y / rho,
-                                 add(mul(x, x), -mul(y, y)) / square,
-                                 mul(mul(2.0, x), y) / square};
-      for (int64_t k = 0; k < kSmooth; ++k)
-        smooth[(k * side + i) * side + j] = static_cast<float>(b[k]);
-    }
+      cosine[u * side + i] = hybrid_wave((2 * i + 1) * u, u ? 2 : 1, side);
+  for (int64_t at = 0; at < side * side; ++at) {
+    float b[kSmooth];
+    hybrid_functions(at / side, at % side, side, b);
+    for (int64_t k = 0; k < kSmooth; ++k) smooth[k * side * side + at] = b[k];
+  }
 }
 
 const HybridTables& HybridTables::get(int64_t side) {

@@ -22,14 +22,40 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <memory>
 
 #include "../codec.h"
 #include "../hd.h"
+#include "../trig.h"
 
 namespace rs {
 
 constexpr int kSmooth = 8;
+
+// An entry of D: sqrt(power / side) times the cosine of turn / (4 side) turns. Row 0 is of power 1
+// at turn 0; in row u, of power 2, D[u][i] is at turn (2i + 1) u.
+RS_HD float hybrid_wave(int64_t turn, int power, int64_t side) {
+  return static_cast<float>(
+      mul(std::sqrt(static_cast<double>(power) / static_cast<double>(side)),
+          turn_cosine(static_cast<uint64_t>(turn), static_cast<uint64_t>(4 * side))));
+}
+
+// All b[k](i,j). The side is even, so no weight sits at rho = 0.
+RS_HD void hybrid_functions(int64_t i, int64_t j, int64_t side, float* b) {
+  const double last = static_cast<double>(side - 1),
+               y = static_cast<double>(2 * i - (side - 1)) / last,
+               x = static_cast<double>(2 * j - (side - 1)) / last;
+  const double square = add(mul(x, x), mul(y, y)), rho = std::sqrt(square);
+  b[0] = 1.0f;
+  b[1] = static_cast<float>(rho);
+  b[2] = static_cast<float>(square);
+  b[3] = static_cast<float>(mul(rho, square));
+  b[4] = static_cast<float>(x / rho);
+  b[5] = static_cast<float>(y / rho);
+  b[6] = static_cast<float>(add(mul(x, x), -mul(y, y)) / square);
+  b[7] = static_cast<float>(mul(mul(2.0, x), y) / square);
+}
 
 // Tables of a block size, made once and kept.
 struct HybridTables {

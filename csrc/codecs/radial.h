@@ -1,6 +1,7 @@
 // The 64 functions of a radius that bitfield codes name, tabulated over their radii.
 //
-//   function   16 * category + 4 * subcategory + order, each 0 to 3; the list is in radial.cpp
+//   function   16 * category + 4 * subcategory + order, each 0 to 3; the list is in
+//              radial_functions.h
 //   word 22    256 radii         r = amp * r_max/255                  entry 256 * function + amp
 //   word 32    1024 radii, +-    r = (sign ? -1 : 1) * amp * r_max/1023, orders 0 and 1 only
 //                                entry 4096 * (4 * category + subcategory) + 2048 * sign
@@ -16,12 +17,14 @@
 #include <memory>
 #include <vector>
 
+#include "../hd.h"
+
 namespace rs {
 
 constexpr float kLeastRadius = 0.5f, kLargestRadius = 8.0f;
 
 // What decode makes of any r_max; a NaN counts as the least.
-inline float held_r_max(float r_max) {
+RS_HD float held_r_max(float r_max) {
   const float low = r_max > kLeastRadius ? r_max : kLeastRadius;
   return low < kLargestRadius ? low : kLargestRadius;
 }
@@ -32,6 +35,7 @@ struct RadialTable {
 };
 
 constexpr int radial_entries(int word) { return word == 22 ? 1 << 14 : 1 << 16; }
+constexpr int radial_radii(int word) { return word == 22 ? 256 : 2048; }
 
 // The table of a word for any r_max; kept, since products ask for the same one again and again.
 // Safe on any number of threads.

@@ -12,41 +12,20 @@
 namespace rs {
 namespace {
 
-// One row's entries. Reading is safe for any bytes: the count is cut to what the tile holds and a
-// column past the row is skipped.
-struct Entries {
-  const uint8_t* tile;
-  int64_t capacity, in;
-
-  Entries(const Layer& layer, int64_t row)
-      : tile(layer.codes + row * layer.tile.bytes),
-        capacity((layer.tile.bytes - 2) / 3),
-        in(layer.in) {}
-  int64_t stored_count() const { return tile[0] | tile[1] << 8; }
-  int64_t column(int64_t i) const { return tile[2 + 2 * i] | tile[3 + 2 * i] << 8; }
-  int8_t value(int64_t i) const { return static_cast<int8_t>(tile[2 + 2 * capacity + i]); }
-  template <class Visit>
-  void each(Visit&& visit) const {
-    const int64_t count = std::min(stored_count(), capacity);
-    for (int64_t i = 0; i < count; ++i)
-      if (column(i) < in) visit(column(i), static_cast<float>(value(i)));
-  }
-};
-
 void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   std::fill(w, w + (row1 - row0) * layer.in, 0.0f);
   for (int64_t r = row0; r < row1; ++r) {
     float* out = w + (r - row0) * layer.in;
-    Entries(layer, r).each(
-        [&](int64_t c, float v) { out[c] = add(out[c], mul(v, layer.params[0][r])); });
+    SparseEntries(layer, r).each(
+        0, 1, [&](int64_t c, float v) { out[c] = add(out[c], mul(v, layer.params[0][r])); });
   }
 }
 
 void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
   if (!grads[0]) return;
   for (int64_t r = row0; r < row1; ++r)
-    Entries(layer, r).each(
-        [&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
+    SparseEntries(layer, r).each(
+        0, 1, [&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
 }
 
 // Any batch: x is turned once so that an entry touches m neighbours.
@@ -58,7 +37,7 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
     auto sum = std::make_unique<float[]>(static_cast<size_t>(m));
     for (int64_t r = row0; r < row1; ++r) {
       std::fill(sum.get(), sum.get() + m, 0.0f);
-      Entries(layer, r).each([&](int64_t c, float v) {
+      SparseEntries(layer, r).each(0, 1, [&](int64_t c, float v) {
         for (int64_t b = 0; b < m; ++b) sum[b] += v * turned[c * m + b];
       });
       for (int64_t b = 0; b < m; ++b) y[b * layer.out + r] = sum[b] * layer.params[0][r];
@@ -107,12 +86,12 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
 }
 
 void check(const Layer& layer, int64_t row) {
-  const Entries entries(layer, row);
+  const SparseEntries entries(layer, row);
   const int64_t count = entries.stored_count();
   if (count > entries.capacity)
     throw std::invalid_argument("an entry count is larger than its row can hold");
   for (int64_t i = 0; i < entries.capacity; ++i) {
-    if (i >= count && (entries.column(i) || entries.value(i)))
+    if (i >= count && (entries.column(i) || entries.value(i) != 0))
       throw std::invalid_argument("unused entries must be zero");
     if (i < count &&
         (entries.column(i) >= entries.in || (i && entries.column(i) <= entries.column(i - 1))))

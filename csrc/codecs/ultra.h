@@ -32,11 +32,13 @@ struct Ultra {
 
     explicit Tables(const Layer& layer)
         : transform(*reinterpret_cast<const uint8_t*>(layer.params[kTransform])) {
-      for (int k = 0; k < kVectors; ++k)
-        for (int j = 0; j < 4; ++j) {
-          const float value = layer.params[kCodebook][4 * k + place(transform, j)];
-          vector[k][j] = transform & 1 ? -value : value;
-        }
+      for (int k = 0; k < kVectors; ++k) fill(layer.params[kCodebook], k);
+    }
+    RS_HD void fill(const float* codebook, int k) {
+      for (int j = 0; j < 4; ++j) {
+        const float value = codebook[4 * k + place(transform, j)];
+        vector[k][j] = transform & 1 ? -value : value;
+      }
     }
   };
 

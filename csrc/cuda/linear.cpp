@@ -58,11 +58,12 @@ at::Tensor direct(const DeviceTerm& term, Slot slot, Scratch scratch, const at::
 at::Tensor term_linear(const DeviceTerm& term, const at::Tensor& x, at::ScalarType result) {
   const Row& row = *term.row;
   const CudaRow& cuda = term.cuda;
-  const auto type = product_type(x);
+  const bool straight = cuda.linear && x.size(0) <= cuda.linear_max_m && !exact();
+  const auto type = straight && cuda.takes_float ? at::kFloat : product_type(x);
   const at::Tensor inside = through_frame(x, term.shape.in, term.layer.in, term.param(row.in_scale),
                                           row.in_block, nullptr, type);
   at::Tensor y;
-  if (cuda.linear && x.size(0) <= cuda.linear_max_m && type != at::kFloat) {
+  if (straight) {
     y = direct(term, cuda.linear, cuda.linear_scratch, inside, term.layer.out);
   } else {
     y = at::empty({x.size(0), term.layer.out}, inside.options());
@@ -86,11 +87,12 @@ at::Tensor term_grad_input(const DeviceTerm& term, const at::Tensor& grad, at::S
   const Row& row = *term.row;
   const CudaRow& cuda = term.cuda;
   const LayerView& layer = term.layer;
-  const auto type = product_type(grad);
+  const bool straight = cuda.grad_input && grad.size(0) <= cuda.grad_input_max_m && !exact();
+  const auto type = straight && cuda.takes_float ? at::kFloat : product_type(grad);
   const at::Tensor inside = through_frame(grad, term.shape.out, layer.out,
                                           term.param(row.out_scale), row.out_block, nullptr, type);
   at::Tensor dx;
-  if (cuda.grad_input && grad.size(0) <= cuda.grad_input_max_m && type != at::kFloat) {
+  if (straight) {
     dx = direct(term, cuda.grad_input, cuda.grad_input_scratch, inside, layer.in);
   } else {
     dx = at::empty({grad.size(0), layer.in}, inside.options());

@@ -87,10 +87,16 @@ struct DeviceSums {
   Sum* sum;
   float* grads[kMostParams];
   SumScale scale;
+  int64_t last;  // sum: of the thread until it is done, since to some every unit adds
+  Sum of_last = 0;
 
   __device__ void shared(int64_t i, float v) {
     const double steps = static_cast<double>(v * scale.first) * scale.second;
-    atomicAdd(sum + i, static_cast<Sum>(__double2ll_rn(steps)));
+    const auto whole = static_cast<Sum>(__double2ll_rn(steps));
+    if (i == last)
+      of_last += whole;
+    else
+      atomicAdd(sum + i, whole);
   }
   __device__ void own(int param, int64_t i, float v) {
     if (grads[param]) grads[param][i] += v;
@@ -127,19 +133,50 @@ __global__ void __launch_bounds__(kLoopThreads)
   }
 }
 
-// A block owns every gridDim-th stretch of units and its own copy of the shared sums, a thread one
-// unit of a stretch; the copies are added up at the end.
+// How many shared sums there are: kSums, or for codecs whose params' sizes are a setting what
+// sums(layer) says; those have as many folds.
 template <class Codec>
+concept SizedSums = requires(const LayerView& layer) { Codec::sums(layer); };
+template <class Codec>
+constexpr bool kSharesSums = [] {
+  if constexpr (SizedSums<Codec>)
+    return true;
+  else
+    return Codec::kSums > 0;
+}();
+template <class Codec>
+__host__ __device__ __forceinline__ int64_t sum_count(const LayerView& layer) {
+  if constexpr (SizedSums<Codec>)
+    return Codec::sums(layer);
+  else
+    return Codec::kSums;
+}
+template <class Codec>
+__host__ __device__ __forceinline__ int64_t fold_count(const LayerView& layer) {
+  if constexpr (SizedSums<Codec>)
+    return Codec::sums(layer);
+  else
+    return Codec::kFolds;
+}
+
+constexpr int64_t kMostCopiedSums = 6144;  // of 48 KB; more go to memory at once
+
+// A block owns every gridDim-th stretch of units and, where Copied, its own copy of the shared
+// sums, a thread one unit of a stretch; the copies are added up at the end.
+template <class Codec, bool Copied>
 __global__ void __launch_bounds__(kLoopThreads)
     shared_adjoint_kernel(LayerView layer, int64_t row0, int64_t row1, const float* __restrict__ dw,
                           const float* __restrict__ largest, Sum* __restrict__ all) {
-  __shared__ Sum sum[Codec::kSums];
+  Sum* sum = Copied ? dynamic_shared<Sum>() : all;
+  const int64_t n_sums = sum_count<Codec>(layer);
   const auto [rows, cols, bytes] = layer.tile;
   decltype(auto) tables = tables_of<Codec>(layer);
-  for (int i = threadIdx.x; i < Codec::kSums; i += kLoopThreads) sum[i] = 0;
-  __syncthreads();
+  if constexpr (Copied) {
+    for (int i = threadIdx.x; i < n_sums; i += kLoopThreads) sum[i] = 0;
+    __syncthreads();
+  }
   const int64_t units = layer.in / Codec::kUnit, count = (row1 - row0) * rows * units;
-  DeviceSums sums{sum, {}, sum_scale(*largest, Codec::kGain, count * Codec::kUnit)};
+  DeviceSums sums{sum, {}, sum_scale(*largest, Codec::kGain, count * Codec::kUnit), n_sums - 1};
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kLoopThreads + threadIdx.x; n < count;
        n += static_cast<int64_t>(gridDim.x) * kLoopThreads) {
     const int64_t i = n / units, j = n % units * Codec::kUnit;
@@ -148,30 +185,42 @@ __global__ void __launch_bounds__(kLoopThreads)
     Codec::adjoint(tile, tr, tc, static_cast<int>((i % rows * cols + j % cols) / Codec::kUnit),
                    tables, dw + i * layer.in + j, sums);
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < Codec::kSums; i += kLoopThreads)
-    if (sum[i]) atomicAdd(all + i, sum[i]);
+  if (sums.of_last) atomicAdd(sum + sums.last, sums.of_last);
+  if constexpr (Copied) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_sums; i += kLoopThreads)
+      if (sum[i]) atomicAdd(all + i, sum[i]);
+  }
 }
 
 // Scratch of a gradient: the sums of one call, then those of all calls in float64.
-template <class Codec>
-struct SumScratch {
-  Sum call[Codec::kSums];
-  double all[Codec::kSums];
-};
+inline int64_t sum_bytes(int64_t sums) { return sums * int64_t{sizeof(Sum) + sizeof(double)}; }
+inline double* all_sums(void* scratch, int64_t sums) {
+  return reinterpret_cast<double*>(static_cast<Sum*>(scratch) + sums);
+}
+inline const double* all_sums(const void* scratch, int64_t sums) {
+  return reinterpret_cast<const double*>(static_cast<const Sum*>(scratch) + sums);
+}
 
-// A thread owns one sum: adds the call's to all calls' and clears it. Not finite: NaN.
-template <class Codec>
+// A thread owns one sum at a time: adds the call's to all calls' and clears it. Not finite: NaN.
+template <int Gain>
 __global__ void __launch_bounds__(kLoopThreads)
-    collect_sums_kernel(const float* __restrict__ largest, int64_t terms,
-                        SumScratch<Codec>* __restrict__ scratch) {
-  const int i = blockIdx.x * kLoopThreads + threadIdx.x;
-  if (i >= Codec::kSums) return;
-  const SumScale scale = sum_scale(*largest, Codec::kGain, terms);
-  const double steps = static_cast<double>(static_cast<long long>(scratch->call[i]));
-  scratch->call[i] = 0;
-  scratch->all[i] += scale.second != 0 ? steps / scale.second / static_cast<double>(scale.first)
-                                       : std::bit_cast<double>(uint64_t{0x7FF8} << 48);
+    collect_sums_kernel(const float* __restrict__ largest, int64_t terms, int64_t sums,
+                        Sum* __restrict__ call, double* __restrict__ all) {
+  const SumScale scale = sum_scale(*largest, Gain, terms);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kLoopThreads + threadIdx.x; i < sums;
+       i += static_cast<int64_t>(gridDim.x) * kLoopThreads) {
+    const double steps = static_cast<double>(static_cast<long long>(call[i]));
+    call[i] = 0;
+    all[i] += scale.second != 0 ? steps / scale.second / static_cast<double>(scale.first)
+                                : std::bit_cast<double>(uint64_t{0x7FF8} << 48);
+  }
+}
+template <class Codec>
+cudaError_t collect_sums(const float* largest, int64_t terms, int64_t sums, void* scratch,
+                         cudaStream_t stream) {
+  return run(collect_sums_kernel<Codec::kGain>, blocks_for(sums, kLoopThreads), kLoopThreads, 0,
+             stream, largest, terms, sums, static_cast<Sum*>(scratch), all_sums(scratch, sums));
 }
 
 template <class Codec>
@@ -179,47 +228,58 @@ cudaError_t adjoint_loop(const LayerView& layer, int64_t row0, int64_t row1, con
                          const float* largest, void* sums, float* const* grads,
                          cudaStream_t stream) {
   const int64_t tiles = (row1 - row0) * layer.tile_cols();
-  if constexpr (Codec::kSums == 0) {
+  if constexpr (!kSharesSums<Codec>) {
     return run(own_adjoint_kernel<Codec>, blocks_for(tiles, kLoopThreads), kLoopThreads, 0, stream,
                layer, row0, row1, dw, grads_of(grads));
   } else {
-    auto* scratch = static_cast<SumScratch<Codec>*>(sums);
-    const int64_t weights = tiles * layer.tile.rows * layer.tile.cols;
+    const int64_t weights = tiles * layer.tile.rows * layer.tile.cols,
+                  count = sum_count<Codec>(layer);
     const unsigned blocks = std::min(blocks_for(weights / Codec::kUnit, kLoopThreads),
                                      static_cast<unsigned>(4 * processors()));
-    if (const cudaError_t error = run(shared_adjoint_kernel<Codec>, blocks, kLoopThreads, 0, stream,
-                                      layer, row0, row1, dw, largest, scratch->call);
-        error != cudaSuccess)
-      return error;
-    return run(collect_sums_kernel<Codec>, blocks_for(Codec::kSums, kLoopThreads), kLoopThreads, 0,
-               stream, largest, weights, scratch);
+    const auto add = [&](auto kernel, int64_t copied) {
+      return run(kernel, blocks, kLoopThreads, static_cast<size_t>(copied) * sizeof(Sum), stream,
+                 layer, row0, row1, dw, largest, static_cast<Sum*>(sums));
+    };
+    cudaError_t error;
+    if constexpr (SizedSums<Codec>) {
+      error = count <= kMostCopiedSums ? add(shared_adjoint_kernel<Codec, true>, count)
+                                       : add(shared_adjoint_kernel<Codec, false>, 0);
+    } else {
+      static_assert(Codec::kSums <= kMostCopiedSums);
+      error = add(shared_adjoint_kernel<Codec, true>, count);
+    }
+    return error != cudaSuccess ? error
+                                : collect_sums<Codec>(largest, weights, count, sums, stream);
   }
 }
 
-// A thread owns one entry of a shared param.
+// A thread owns one entry of a shared param at a time.
 template <class Codec>
 __global__ void __launch_bounds__(kLoopThreads)
     fold_kernel(LayerView layer, const double* __restrict__ sums, Grads grads) {
   decltype(auto) tables = tables_of<Codec>(layer);
-  const int f = blockIdx.x * kLoopThreads + threadIdx.x;
-  if (f < Codec::kFolds) Codec::fold(f, tables, sums, grads.of);
+  const int64_t folds = fold_count<Codec>(layer);
+  for (int64_t f = static_cast<int64_t>(blockIdx.x) * kLoopThreads + threadIdx.x; f < folds;
+       f += static_cast<int64_t>(gridDim.x) * kLoopThreads)
+    Codec::fold(static_cast<int>(f), tables, sums, grads.of);
 }
 
 template <class Codec>
 cudaError_t finish_loop(const LayerView& layer, const void* sums, float* const* grads,
                         cudaStream_t stream) {
-  return run(fold_kernel<Codec>, blocks_for(Codec::kFolds, kLoopThreads), kLoopThreads, 0, stream,
-             layer, static_cast<const SumScratch<Codec>*>(sums)->all, grads_of(grads));
+  return run(fold_kernel<Codec>, blocks_for(fold_count<Codec>(layer), kLoopThreads), kLoopThreads,
+             0, stream, layer, all_sums(sums, sum_count<Codec>(layer)), grads_of(grads));
 }
 
-// The loops in a row's slots.
+// The loops in a row's slots. Codecs with sums(layer) say how many that is.
 template <class Codec>
-CudaRow loop_row() {
+CudaRow loop_row(int64_t sums = 0) {
   CudaRow row;
   row.decode = decode_loop<Codec>;
   row.adjoint = adjoint_loop<Codec>;
-  if constexpr (Codec::kSums > 0) {
-    row.sum_bytes = sizeof(SumScratch<Codec>);
+  if constexpr (kSharesSums<Codec>) {
+    if constexpr (!SizedSums<Codec>) sums = Codec::kSums;
+    row.sum_bytes = sum_bytes(sums);
     row.finish = finish_loop<Codec>;
   }
   return row;

@@ -30,4 +30,32 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
 #endif
 }
 
+// sum += a @ b on the tensor cores: a (16, 32) and b (32, 8) of int8, sum (16, 8) of int32. Lane
+// 4g+t holds of a, four bytes each, rows g, g+8, g, g+8 from columns 4t, 4t, 4t+16, 4t+16 on; of b
+// column g from rows 4t, 4t+16 on; of the sum (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+__device__ __forceinline__ void multiply_int8(int32_t (&sum)[4], const uint32_t (&a)[4],
+                                              const uint32_t (&b)[2]) {
+#ifdef __CUDA_ARCH__
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(RS_EMULATED_CUDA)
+  struct Fragments {
+    uint32_t a[4], b[2];
+  };
+  const Fragments* all = emulation::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  const auto byte = [](uint32_t word, int k) {
+    return static_cast<int32_t>(static_cast<int8_t>(word >> (8 * (k & 3))));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = emulation::lane() / 4 + 8 * (i >> 1),
+              column = emulation::lane() % 4 * 2 + (i & 1);
+    for (int k = 0; k < 32; ++k)
+      sum[i] += byte(all[row % 8 * 4 + k % 16 / 4].a[row / 8 + 2 * (k / 16)], k) *
+                byte(all[column * 4 + k % 16 / 4].b[k / 16], k);
+  }
+#endif
+}
+
 }  // namespace rs::cuda

@@ -40,6 +40,9 @@ struct CudaRow {
   int64_t (*grad_input_scratch)(const LayerView&, int64_t m) = nullptr;
   int64_t grad_input_max_m = 0;
 
+  // Both products take float32 instead, for settings that name an arithmetic of their own.
+  bool takes_float = false;
+
   // Codes (zeroed) of all tiles for the target w (out, in) float32, and the params that the codec
   // fits per tile. `importance` (in,) or null. Null: encoding is a search on the host.
   cudaError_t (*encode)(const LayerView&, const float* w, const float* importance, uint8_t* codes,
