@@ -5,7 +5,9 @@
 
 namespace rs::cuda {
 
+void palette_encode_slots(CudaRow& row, const Term& term);
 void trellis_encode_slots(CudaRow& row, const Term& term);
 void uniform_encode_slots(CudaRow& row, const Term& term);
+void vq_cyclic_encode_slots(CudaRow& row);
 
 }  // namespace rs::cuda

@@ -15,8 +15,12 @@ __global__ void __launch_bounds__(kLoopThreads)
     fit_kernel(LayerView layer, const float* __restrict__ weights,
                const float* __restrict__ importance, uint8_t* __restrict__ codes,
                float* __restrict__ scales, float* __restrict__ zeros) {
-  constexpr int kTop = (1 << Bits) - 1, kGroups = kLoopThreads / kLanes;
+  constexpr int kTop = (1 << Bits) - 1, kGroups = kLoopThreads / kLanes, kMoments = 6;
+  __shared__ float parts[kGroups][kMoments][kLanes + 1];
+  __shared__ double totals[kGroups][kMoments];
   const int lane = threadIdx.x % kLanes;
+  auto& part = parts[threadIdx.x / kLanes];
+  double* total = totals[threadIdx.x / kLanes];
   const unsigned mask = 0xFFFFu << (threadIdx.x % 32 / kLanes * kLanes);
   const auto all = [&](float x, auto&& better) {  // the best of the lanes' values, in each of them
     for (int hop = 1; hop < kLanes; hop *= 2) {
@@ -43,14 +47,19 @@ __global__ void __launch_bounds__(kLoopThreads)
 
     const auto moments = [&](UniformFit fit) {
       const float inverse = inverse_of(fit.scale);
-      float sums[6] = {};
+      float sums[kMoments] = {};
       for (int64_t i = lane; i < n; i += kLanes)
         uniform_terms(held(w[i]), h ? h[i] : 1.0f, fit, inverse, static_cast<float>(kTop),
                       0.5f * (kTop + 1), [&](int s, float term) { sums[s] += term; });
-      double total[6] = {};
 #pragma unroll
-      for (int s = 0; s < 6; ++s)
-        for (int l = 0; l < kLanes; ++l) total[s] += __shfl_sync(mask, sums[s], l, kLanes);
+      for (int s = 0; s < kMoments; ++s) part[s][lane] = sums[s];
+      __syncwarp(mask);
+      if (lane < kMoments) {
+        double sum = 0;
+        for (int l = 0; l < kLanes; ++l) sum += part[lane][l];
+        total[lane] = sum;
+      }
+      __syncwarp(mask);
       return UniformMoments{total[0], total[1], total[2], total[3], total[4], total[5]};
     };
     const UniformFit fit = fit_uniform(held(low), held(high), Bits, Symmetric, moments);

@@ -216,6 +216,7 @@ __device__ __forceinline__ void advance(const Points& points, const int2* aims, 
     for (int hop = C::kLane; hop < 32; hop *= 2)
 #pragma unroll
       for (int o = 0; o < C::kRun; ++o)
+#pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
           best[tile][o] = min(best[tile][o], __shfl_xor_sync(0xFFFFFFFFu, best[tile][o], hop));
 
@@ -250,6 +251,7 @@ __device__ const uint32_t* forward(const Points& points, Pass& pass, int steps, 
     const uint32_t* from = metrics + (t & 1) * C::kOverlaps;
     uint32_t* to = metrics + (~t & 1) * C::kOverlaps;
     int drop[kTiles], lowest[kTiles];
+#pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       lowest[tile] = kTop;
       drop[tile] =
@@ -261,6 +263,7 @@ __device__ const uint32_t* forward(const Points& points, Pass& pass, int steps, 
       advance<Grain, K, true>(points, pass.aim[t], drop, from, to, kept, lowest);
     else
       advance<Grain, K, false>(points, pass.aim[t], drop, from, to, kept, lowest);
+#pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int low = warp_min(lowest[tile]);
       if (threadIdx.x % 32 == 0) atomicMin(&pass.low[(t + 1) % kLows][tile], low);
