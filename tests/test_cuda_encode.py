@@ -40,7 +40,7 @@ def test_targets_far_outside_the_table_get_the_codes_of_the_cpu(search):
 
 
 # 7 are more than two for each of three processors, and odd.
-@pytest.mark.parametrize("tiles, order", [(7, 7), (2, 1)])
+@pytest.mark.parametrize(("tiles", "order"), [(7, 7), (2, 1)])
 def test_many_tiles_are_searched_alike_in_any_order_of_threads(tiles, order, monkeypatch):
     monkeypatch.setenv("EMULATED_ORDER", str(order))
     found, wanted = searched(walk.gaussian(tiles, 256), 2, "fast")
