@@ -69,7 +69,7 @@ def test_what_cannot_be_encoded_is_refused_in_the_words_of_the_cpu():
         cuda.ops.encode(*cuda.tensors(bad), given, *cuda.tensors(params), codec.spec)
 
 
-# What a kernel encodes and, for one codec of them, what is copied to the CPU's search and back.
+# What a kernel encodes, and what is copied to the CPU's search and back.
 CODECS = [
     *(c for c in walk.FEW if walk.one_term(c)),
     *(rs.codec("uniform", bits=b, group=g) for b, g in [(3, 5), (5, 32), (6, 1), (7, 200)]),
@@ -103,7 +103,7 @@ def test_encoding_gives_the_codes_of_the_cpu(codec, monkeypatch):
 
 
 @pytest.mark.skipif(not cuda.on_gpu, reason="needs a GPU")
-@pytest.mark.parametrize("codec", CODECS, ids=walk.spec)
+@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
 def test_a_weight_on_the_gpu_is_compressed_as_on_the_cpu(codec):
     weight, hessian = walk.gaussian(48, 64), torch.eye(64) + 0.1
     found, wanted = codec.encode(weight.cuda(), hessian), codec.encode(weight, hessian)
