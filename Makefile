@@ -116,7 +116,7 @@ EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp) tests/emulation/e
 EMULATED_OBJECTS := $(EMULATED_SOURCES:%=$(EMULATED)/%.o)
 
 emulated: $(EMULATED)/cuda.so
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) tests/test_cuda.py $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) tests/test_cuda*.py $(PYTEST)
 
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	@$(CXX) -shared -o $@ $^ $$(find build/temp.* -name '*.o' -not -name library.o -not -name python.o -not -path '*/cuda/*') \

@@ -1,8 +1,10 @@
 #include "bind.h"
 
+#include <cmath>
 #include <mutex>
 #include <unordered_map>
 
+#include "codecs/trellis.h"
 #include "cpu/isa.h"
 
 namespace rs {
@@ -139,6 +141,76 @@ const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
                    codes.scalar_type());
   TORCH_CHECK_VALUE(order >= 0, "bit_derivative: order must be 0 or more, got ", order);
   return *found;
+}
+
+void check_finite(const at::Tensor& weight, c10::string_view codec) {
+  const at::Tensor bad = weight.isfinite().logical_not().flatten().nonzero();
+  if (!bad.numel()) return;
+  const int64_t at = bad[0].item<int64_t>();
+  TORCH_CHECK_VALUE(false, codec, ": the weight is not finite at (", at / weight.size(1), ", ",
+                    at % weight.size(1), "): ", weight.flatten()[at].item<float>());
+}
+
+int check_trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
+                         const at::Tensor& angle, double bits, c10::string_view search) {
+  const double k = 2 * bits;
+  TORCH_CHECK_VALUE(k == std::floor(k) && k >= 3 && k <= 8,
+                    "trellis_encode: bits must be 1.5 to 4 by halves, got ", bits);
+  TORCH_CHECK_VALUE(search == "exact" || search == "fast",
+                    "trellis_encode: search must be exact or fast, got ", search);
+  TORCH_CHECK_TYPE(targets.scalar_type() == at::kFloat && radius.scalar_type() == at::kFloat &&
+                       angle.scalar_type() == at::kFloat,
+                   "trellis_encode: targets, radius and angle must be float32");
+  TORCH_CHECK_VALUE(targets.dim() == 2 && targets.size(1) == 256,
+                    "trellis_encode: targets must be (tiles, 256), got ", targets.sizes());
+  TORCH_CHECK_VALUE(radius.sizes() == at::IntArrayRef({kTrellisRadii}) &&
+                        angle.sizes() == at::IntArrayRef({kTrellisAngles}),
+                    "trellis_encode: radius must be (64,) and angle (16,), got ", radius.sizes(),
+                    " and ", angle.sizes());
+  TORCH_CHECK_VALUE(radius.device() == targets.device() && angle.device() == targets.device(),
+                    "trellis_encode: targets are on ", targets.device(), " but radius is on ",
+                    radius.device(), " and angle on ", angle.device());
+  check_finite(targets, "trellis_encode");
+  return static_cast<int>(k);
+}
+
+Encoding begin_encoding(const at::Tensor& weight, const std::optional<at::Tensor>& importance,
+                        at::TensorList params, c10::string_view codec) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, codec, ": weight must be float32, got ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2, codec, ": weight must have two dimensions, got shape ",
+                    weight.sizes());
+  Encoding encoding{resolve_cached(codec, check_shape(codec, weight.sizes())), {}, {}, {}};
+  TORCH_CHECK_VALUE(encoding.terms->size() == 1, codec, ": encode its parts one after the other");
+  const Tile& tile = encoding.row().tile;
+  const int64_t rows = (weight.size(0) + tile.rows - 1) / tile.rows,
+                cols = (weight.size(1) + tile.cols - 1) / tile.cols;
+  for (const at::Tensor& p : params)
+    encoding.params.push_back(p.clone(at::MemoryFormat::Contiguous));
+  encoding.codes = at::zeros({rows, cols, tile.bytes}, weight.options().dtype(at::kByte));
+  bind_layers(encoding.codes, encoding.params, codec, weight.sizes());
+  if (importance) {
+    TORCH_CHECK_VALUE(importance->sizes() == at::IntArrayRef({weight.size(1)}) &&
+                          importance->gt(0).all().item<bool>(),
+                      codec, ": importance must be ", weight.size(1), " positive numbers");
+    encoding.importance = at::ones({cols * tile.cols}, weight.options());
+    encoding.importance.narrow(0, 0, weight.size(1)).copy_(*importance);
+  }
+  check_finite(weight, codec);
+  return encoding;
+}
+
+at::Tensor without_scales(const at::Tensor& weight, const Encoding& encoding) {
+  const Row& row = encoding.row();
+  const at::Tensor target =
+      at::zeros({encoding.codes.size(0) * row.tile.rows, encoding.codes.size(1) * row.tile.cols},
+                weight.options());
+  at::Tensor inside = target.narrow(0, 0, weight.size(0)).narrow(1, 0, weight.size(1));
+  inside.copy_(weight);
+  if (row.out_scale >= 0)
+    inside.div_(encoding.params[row.out_scale].unsqueeze(1)).nan_to_num_(0, 0, 0);
+  if (row.in_scale >= 0) inside.div_(encoding.params[row.in_scale]).nan_to_num_(0, 0, 0);
+  return target;
 }
 
 }  // namespace rs

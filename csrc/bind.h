@@ -37,4 +37,25 @@ void check_hadamard(const at::Tensor& x, int64_t block);
 const BitLayout& check_bit_derivative(const at::Tensor& codes, int64_t order,
                                       c10::string_view layout);
 
+void check_finite(const at::Tensor& weight, c10::string_view codec);
+// Of trellis_encode; returns 2 * bits. Reads the targets.
+int check_trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
+                         const at::Tensor& angle, double bits, c10::string_view search);
+
+// What encoding starts from, on the weight's device: codes of zeros and copies of the params, some
+// of which a codec fits. Reads the importance and the weight, which must be finite.
+struct Encoding {
+  std::shared_ptr<const std::vector<Term>> terms;  // one
+  at::Tensor codes;
+  std::vector<at::Tensor> params;
+  at::Tensor importance;  // one number per padded column, or undefined
+
+  const Row& row() const { return terms->front().row; }
+};
+Encoding begin_encoding(const at::Tensor& weight, const std::optional<at::Tensor>& importance,
+                        at::TensorList params, c10::string_view codec);
+// The weight in padded sizes without the frame's scales, whose Hadamard transforms are still to do.
+// A scale of zero stands for a zero row or column.
+at::Tensor without_scales(const at::Tensor& weight, const Encoding& encoding);
+
 }  // namespace rs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -82,10 +83,32 @@ def encode(
 ) -> tuple[Tensor, list[Tensor]]:
     """Codes of `weight` (out, in) float32, and `params` with those fitted per tile replaced.
 
-    `importance` (in,) weighs the squared error per column. ValueError where the weight is not
-    finite, naming its first position.
+    `importance` (in,) weighs the squared error per column. On a GPU trellis, uniform, vq_cyclic and
+    palette without groups are encoded there, to the CPU's codes and params bit for bit; other
+    codecs are copied to the CPU's search and back. Either way the host waits for the device.
+    ValueError where the weight is not finite, naming its first position.
     """
-    return _ops.encode(weight, importance, list(params), codec)
+    device = _searching_on.get()
+    if weight.device.type != "cpu" or device is None:
+        return _ops.encode(weight, importance, list(params), codec)
+    columns = None if importance is None else importance.to(device)
+    codes, fitted = _ops.encode(weight.to(device), columns, [p.to(device) for p in params], codec)
+    return codes.cpu(), [p.cpu() for p in fitted]
+
+
+_searching_on: ContextVar[torch.device | None] = ContextVar("searching_on", default=None)
+
+
+@contextlib.contextmanager
+def searching_on(device: torch.device) -> Iterator[None]:
+    """Within, `encode` takes tensors of the CPU to this GPU and its results back; on any other
+    device, and where the library has no CUDA kernels, nothing changes."""
+    gpu = device.type == "cuda" and compiled() and bool(build_info().get("cuda"))
+    token = _searching_on.set(device if gpu else _searching_on.get())
+    try:
+        yield
+    finally:
+        _searching_on.reset(token)
 
 
 def decode(codes: Tensor, params: Sequence[Tensor], codec: str, shape: Sequence[int]) -> Tensor:
@@ -144,7 +167,10 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 def trellis_encode(
     targets: Tensor, radius: Tensor, angle: Tensor, bits: float, search: str = "exact"
 ) -> Tensor:
-    """Ring codes (tiles, 32 * bits) of the best tail-biting path for each row of (tiles, 256)."""
+    """Ring codes (tiles, 32 * bits) of the best tail-biting path for each row of (tiles, 256).
+
+    The same codes on every device, for both searches and angles (16,) within a turn.
+    """
     return _ops.trellis_encode(targets, radius, angle, float(bits), search)
 
 

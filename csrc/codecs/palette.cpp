@@ -11,26 +11,12 @@
 #include "../cpu/half.h"
 #include "../cpu/loops.h"
 #include "../cpu/strips.h"
+#include "palette_nearest.h"
 
 namespace rs {
 namespace {
 
 constexpr int64_t kChunk = 512;  // weights searched at once, in the first cache
-
-// Entries of a scalar codebook in rising order, with the middles between neighbours: the nearest
-// entry of w is the one after all middles below w.
-struct Sorted {
-  int count;
-  std::array<float, 16> middle{};
-  std::array<uint8_t, 16> code{};
-
-  Sorted(const float* book, int n) : count(n) {
-    std::iota(code.begin(), code.begin() + n, uint8_t{0});
-    const auto key = [&](int i) { return std::isnan(book[i]) ? INFINITY : book[i]; };
-    std::stable_sort(code.begin(), code.begin() + n, [&](int a, int b) { return key(a) < key(b); });
-    for (int i = 0; i + 1 < n; ++i) middle[i] = 0.5f * book[code[i]] + 0.5f * book[code[i + 1]];
-  }
-};
 
 // How many of the middles lie below each weight.
 RS_CLONES void ranks(const float* w, int64_t n, const float* middle, int middles, int32_t* rank) {
@@ -43,11 +29,11 @@ RS_CLONES void ranks(const float* w, int64_t n, const float* middle, int middles
 
 template <class Index>
 void write_nearest(const float* w, int64_t n, const float* book, uint8_t* codes) {
-  const Sorted sorted(book, Index::kEntries);
+  const SortedEntries sorted(book, Index::kEntries);
   int32_t rank[kChunk];
   for (int64_t i = 0; i < n; i += kChunk) {
     const int64_t count = std::min(kChunk, n - i);
-    ranks(w + i, count, sorted.middle.data(), sorted.count - 1, rank);
+    ranks(w + i, count, sorted.middle, sorted.count - 1, rank);
     for (int64_t j = 0; j < count; ++j) Index::write(codes, i + j, sorted.code[rank[j]]);
   }
 }
@@ -63,8 +49,7 @@ RS_CLONES void nearest_pairs(const Pairs& p, int64_t n, const float* book, float
   for (int32_t e = 0; e < PairIndex::kEntries; ++e) {
     const float u = book[2 * e], v = book[2 * e + 1];
     for (int64_t i = 0; i < n; ++i) {
-      const float du = p.a[i] - u, dv = p.b[i] - v;
-      const float cost = p.ha[i] * du * du + p.hb[i] * dv * dv;
+      const float cost = pair_cost(p.a[i], p.b[i], p.ha[i], p.hb[i], u, v);
       const bool better = cost < least[i];
       least[i] = better ? cost : least[i];
       code[i] = better ? e : code[i];

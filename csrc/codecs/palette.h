@@ -27,7 +27,7 @@ struct DenseIndex {
   RS_HD static uint32_t read(const uint8_t* tile, int j) {
     return read_bits<Bits>(tile, static_cast<int64_t>(j) * Bits);
   }
-  static void write(uint8_t* tile, int64_t j, uint32_t code) {
+  RS_HD static void write(uint8_t* tile, int64_t j, uint32_t code) {
     write_bits<Bits>(tile, j * Bits, code);
   }
 };
@@ -37,7 +37,7 @@ struct WordIndex {
   RS_HD static uint32_t read(const uint8_t* tile, int j) {
     return read_bits<3>(tile, j / 5 * 16 + j % 5 * 3);
   }
-  static void write(uint8_t* tile, int64_t j, uint32_t code) {
+  RS_HD static void write(uint8_t* tile, int64_t j, uint32_t code) {
     write_bits<3>(tile, j / 5 * 16 + j % 5 * 3, code);
   }
 };
@@ -47,7 +47,9 @@ struct PairIndex {
   RS_HD static uint32_t read(const uint8_t* tile, int j) {
     return read_bits<5>(tile, static_cast<int64_t>(j) * 5);
   }
-  static void write(uint8_t* tile, int64_t j, uint32_t code) { write_bits<5>(tile, j * 5, code); }
+  RS_HD static void write(uint8_t* tile, int64_t j, uint32_t code) {
+    write_bits<5>(tile, j * 5, code);
+  }
 };
 
 template <class Index, bool Grouped>

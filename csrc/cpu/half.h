@@ -5,12 +5,14 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../hd.h"
+
 namespace rs {
 
 // Nearest float16 value (11-bit mantissa, ties to even), kept as float; a value that float16 cannot
 // hold to that precision (beyond 65504, or below 2^-14) stays what it is.
-inline float round_to_half(float x) {
-  const float magnitude = std::abs(x);
+RS_HD float round_to_half(float x) {
+  const float magnitude = std::fabs(x);
   if (!(magnitude >= 6.103515625e-5f && magnitude < 65504.0f)) return x;
   uint32_t bits = std::bit_cast<uint32_t>(x);
   bits += 0x0FFFu + ((bits >> 13) & 1);

@@ -438,14 +438,6 @@ Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::
 
 namespace {
 
-void check_finite(const at::Tensor& weight, c10::string_view codec) {
-  const at::Tensor bad = weight.isfinite().logical_not().flatten().nonzero();
-  if (!bad.numel()) return;
-  const int64_t at = bad[0].item<int64_t>();
-  TORCH_CHECK_VALUE(false, codec, ": the weight is not finite at (", at / weight.size(1), ", ",
-                    at % weight.size(1), "): ", weight.flatten()[at].item<float>());
-}
-
 // Work in chunks of about a tenth of a second, so that a signal is seen within one.
 template <class Body>
 void in_chunks(int64_t total, int64_t batch, Body&& body) {
@@ -468,52 +460,27 @@ void in_chunks(int64_t total, int64_t batch, Body&& body) {
 std::tuple<at::Tensor, Tensors> encode(const at::Tensor& weight,
                                        const std::optional<at::Tensor>& importance,
                                        at::TensorList params, c10::string_view codec) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, codec, ": weight must be float32, got ",
-                   weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2, codec, ": weight must have two dimensions, got shape ",
-                    weight.sizes());
-  const auto terms = resolve_cached(codec, check_shape(codec, weight.sizes()));
-  TORCH_CHECK_VALUE(terms->size() == 1, codec, ": encode its parts one after the other");
-  const Row& row = terms->front().row;
-  const int64_t out = round_up(weight.size(0), row.tile.rows),
-                in = round_up(weight.size(1), row.tile.cols);
-  Tensors fitted;
-  for (const at::Tensor& p : params) fitted.push_back(p.clone(at::MemoryFormat::Contiguous));
-  at::Tensor codes =
-      at::zeros({out / row.tile.rows, in / row.tile.cols, row.tile.bytes}, at::kByte);
-  const Bound bound = bind_layers(codes, fitted, codec, weight.sizes());
-  at::Tensor column_weight;
+  Encoding encoding = begin_encoding(weight, importance, params, codec);
+  const Row& row = encoding.row();
+  if (!encoding.codes.numel()) return {encoding.codes, encoding.params};
+  const Bound bound = bind_layers(encoding.codes, encoding.params, codec, weight.sizes());
+  const Layer& layer = bound.layers[0];
   EncodeOptions options;
-  if (importance) {
-    TORCH_CHECK_VALUE(importance->sizes() == at::IntArrayRef({weight.size(1)}) &&
-                          importance->gt(0).all().item<bool>(),
-                      codec, ": importance must be ", weight.size(1), " positive numbers");
-    column_weight = at::ones({in});
-    column_weight.narrow(0, 0, weight.size(1)).copy_(*importance);
-    options.importance = column_weight.data_ptr<float>();
-  }
-  check_finite(weight, codec);
-  if (!codes.numel()) return {codes, fitted};
+  if (encoding.importance.defined()) options.importance = encoding.importance.data_ptr<float>();
 
-  // The target in T's basis; a scale of zero stands for a zero row or column.
-  at::Tensor target = at::zeros({out, in});
-  at::Tensor inside = target.narrow(0, 0, weight.size(0)).narrow(1, 0, weight.size(1));
-  inside.copy_(weight);
-  if (row.out_scale >= 0) inside.div_(fitted[row.out_scale].unsqueeze(1)).nan_to_num_(0, 0, 0);
-  if (row.in_scale >= 0) inside.div_(fitted[row.in_scale]).nan_to_num_(0, 0, 0);
+  const at::Tensor target = without_scales(weight, encoding);
   parallel_for(weight.size(0), row.out_block, [&](int64_t begin, int64_t end) {
-    rotate(row, target.data_ptr<float>() + begin * in, end - begin, in, weight.size(1));
+    rotate(row, target.data_ptr<float>() + begin * layer.in, end - begin, layer.in, weight.size(1));
   });
 
   std::vector<float*> outputs;
-  for (at::Tensor& p : fitted) outputs.push_back(static_cast<float*>(p.data_ptr()));
-  const Layer& layer = bound.layers[0];
+  for (at::Tensor& p : encoding.params) outputs.push_back(static_cast<float*>(p.data_ptr()));
   in_chunks(layer.tile_rows() * layer.tile_cols(), row.encode_batch,
             [&](int64_t tile0, int64_t tile1) {
               row.encode(layer, target.data_ptr<float>(), options, tile0, tile1,
-                         codes.data_ptr<uint8_t>(), outputs.data());
+                         encoding.codes.data_ptr<uint8_t>(), outputs.data());
             });
-  return {codes, fitted};
+  return {encoding.codes, encoding.params};
 }
 
 at::Tensor hadamard(const at::Tensor& x, int64_t block) {
@@ -525,27 +492,12 @@ at::Tensor hadamard(const at::Tensor& x, int64_t block) {
 
 at::Tensor trellis_encode(const at::Tensor& targets, const at::Tensor& radius,
                           const at::Tensor& angle, double bits, c10::string_view search) {
-  const double k = 2 * bits;
-  TORCH_CHECK_VALUE(k == std::floor(k) && k >= 3 && k <= 8,
-                    "trellis_encode: bits must be 1.5 to 4 by halves, got ", bits);
-  TORCH_CHECK_VALUE(search == "exact" || search == "fast",
-                    "trellis_encode: search must be exact or fast, got ", search);
-  TORCH_CHECK_TYPE(targets.scalar_type() == at::kFloat && radius.scalar_type() == at::kFloat &&
-                       angle.scalar_type() == at::kFloat,
-                   "trellis_encode: targets, radius and angle must be float32");
-  TORCH_CHECK_VALUE(targets.dim() == 2 && targets.size(1) == 256,
-                    "trellis_encode: targets must be (tiles, 256), got ", targets.sizes());
-  TORCH_CHECK_VALUE(radius.sizes() == at::IntArrayRef({kTrellisRadii}) &&
-                        angle.sizes() == at::IntArrayRef({kTrellisAngles}),
-                    "trellis_encode: radius must be (64,) and angle (16,), got ", radius.sizes(),
-                    " and ", angle.sizes());
-  check_finite(targets, "trellis_encode");
+  const int k = check_trellis_encode(targets, radius, angle, bits, search);
   const at::Tensor in = targets.contiguous(), radii = radius.contiguous(),
                    angles = angle.contiguous();
-  at::Tensor codes = at::zeros({in.size(0), static_cast<int64_t>(16 * k)}, at::kByte);
-  const auto viterbi =
-      trellis_search(static_cast<int>(k), radii.data_ptr<float>(), angles.data_ptr<float>(),
-                     search == "fast" ? Search::fast : Search::exact);
+  at::Tensor codes = at::zeros({in.size(0), 16 * k}, at::kByte);
+  const auto viterbi = trellis_search(k, radii.data_ptr<float>(), angles.data_ptr<float>(),
+                                      search == "fast" ? Search::fast : Search::exact);
   in_chunks(in.size(0), TrellisSearch::kBatch, [&](int64_t begin, int64_t end) {
     viterbi->run(in.data_ptr<float>() + begin * 256, end - begin,
                  codes.data_ptr<uint8_t>() + begin * codes.size(1));

@@ -1,7 +1,6 @@
 #include "viterbi.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -29,13 +28,6 @@ struct LineAllocator {
 };
 using Buffer = std::vector<int16_t, LineAllocator<int16_t>>;
 
-// Steps searched on each side of the ring's start to close it: for the exact search the whole tile.
-// At 2 bits 32 would cost 0.6 % in error, 12 costs 1.9 %. By k from 3 on for the fast search.
-constexpr int kExactSeam = kSteps / 2;
-constexpr int kFastSeam[6] = {16, 12, 12, 16, 8, 8};
-// From 3.5 bits on the coarse grain's rounding would show.
-constexpr int kLastCoarse = 6;
-
 const KernelTable& kernels_for(Isa isa) {
   switch (isa) {
     case Isa::avx512:
@@ -47,27 +39,21 @@ const KernelTable& kernels_for(Isa isa) {
   }
 }
 
-int16_t nearest(float x) {
-  if (std::isnan(x)) return 0;
-  return static_cast<int16_t>(std::clamp(std::floor(x + 0.5f), float{kBottom}, float{kTop}));
-}
-
 }  // namespace
 
 struct TrellisSearch::Impl {
   int k, seam;
   bool coarse;
-  float largest = 0;  // radius
+  float largest;  // radius
   Kernels kernels;
   Buffer rows, columns;
 
   Impl(int k, const float* radius, const float* angle, Search search, Isa isa)
       : k(k),
-        seam(search == Search::exact ? kExactSeam : kFastSeam[k - 3]),
-        coarse(search == Search::fast && k <= kLastCoarse),
+        seam(seam_of(k, search)),
+        coarse(is_coarse(k, search)),
+        largest(largest_radius(radius)),
         kernels(kernels_for(isa)[coarse][k - 3]) {
-    for (int i = 0; i < kTrellisRadii; ++i) largest = std::max(largest, std::fabs(radius[i]));
-    if (!(largest > 0)) largest = 1;
     const PolarTable table(radius, angle);
     constexpr void (Impl::* kLayOut[])(const PolarTable&) = {&Impl::lay_out<3>, &Impl::lay_out<4>,
                                                              &Impl::lay_out<5>, &Impl::lay_out<6>,
@@ -84,24 +70,12 @@ struct TrellisSearch::Impl {
       float w[2];
       table.point(static_cast<uint32_t>(s), w);
       int16_t values[3];
-      point(w[0] / largest, w[1] / largest, values);
+      (coarse ? coarse_point : fine_point)(w[0] / largest, w[1] / largest, values);
       const auto place = Rows<K>::place(s);
       for (int i = 0; i < arrays; ++i) {
         rows[(place.row * arrays + i) * 32 + place.lane] = values[i];
         columns[((s % overlaps * arrays + i) << K) + s / overlaps] = values[i];
       }
-    }
-  }
-
-  void point(float u, float v, int16_t* values) const {
-    if (coarse) {
-      const int p = nearest(kCoarse * u), q = nearest(kCoarse * v);
-      values[0] = static_cast<int16_t>((p + kCoarse) | (q + kCoarse) << 8);
-      values[1] = static_cast<int16_t>((p * p + q * q + 1) / 2);
-    } else {
-      values[0] = nearest(32767 * u);
-      values[1] = nearest(32767 * v);
-      values[2] = nearest(8192 * (u * u + v * v));
     }
   }
 
@@ -112,29 +86,14 @@ struct TrellisSearch::Impl {
       for (int t = 0; t < steps; ++t) {
         float w[2] = {0, 0};
         if (i < n) std::memcpy(w, targets + 256 * i + 2 * ((begin + t) % kSteps), sizeof w);
-        for (float& c : w) c = std::isnan(c) ? 0 : std::clamp(c / largest, -1e6f, 1e6f);
-        quantise(w[0], w[1], x.a[t][i], x.b[t][i], x.bound[t][i]);
+        const float a = in_radii(w[0], largest), b = in_radii(w[1], largest);
+        const Target target = coarse ? coarse_target(a, b) : fine_target(a, b);
+        x.a[t][i] =
+            static_cast<int16_t>(coarse ? (target.a & 255) | (target.b & 255) << 8 : target.a);
+        x.b[t][i] = static_cast<int16_t>(coarse ? 0 : target.b);
+        x.bound[t][i] = target.bound;
       }
       x.bound[steps][i] = 0;
-    }
-  }
-
-  // Pulls in targets beyond about twice the largest radius. The slack in bound is for rounding.
-  void quantise(float a, float b, int16_t& qa, int16_t& qb, int32_t& bound) const {
-    if (coarse) {
-      const float sum = std::fabs(a) + std::fabs(b), side = std::max(std::fabs(a), std::fabs(b));
-      const float shrink = std::min({1.0f, 2 / sum, 1.4f / side});
-      const int p = nearest(kCoarse * shrink * a), q = nearest(kCoarse * shrink * b);
-      qa = static_cast<int16_t>((p & 255) | (q & 255) << 8);
-      qb = 0;
-      bound = std::max(0, (p * p + q * q) / 2 + kCoarse * (p + q) + 2);
-    } else {
-      const float shrink = std::min(1.0f, 2 / std::sqrt(a * a + b * b));
-      a *= shrink;
-      b *= shrink;
-      qa = nearest(16384 * a);
-      qb = nearest(16384 * b);
-      bound = static_cast<int32_t>(8192 * (a * a + b * b)) + 6;
     }
   }
 

@@ -4,13 +4,10 @@
 #include <cstdint>
 #include <memory>
 
+#include "../codecs/trellis_search.h"
 #include "isa.h"
 
 namespace rs {
-
-// fast: byte-sized points up to 3 bits and a shorter run to close the ring; up to 3 % more error at
-// about twice the speed.
-enum class Search { exact, fast };
 
 // Immutable after construction and free of locks: threads share one. Equal inputs give equal codes
 // on every instruction set, however the tiles are cut into calls.

@@ -26,12 +26,11 @@
 
 #include <cstdint>
 
+#include "../codecs/trellis_search.h"
+
 namespace rs::viterbi {
 
-constexpr int kSteps = 128;
 constexpr int kTiles = 4;  // taken through a pass together: the points are read once for all
-constexpr int kBottom = -32768, kTop = 32767;
-constexpr int kCoarse = 90;
 
 // int16 from one tile's metrics to the next one's. A step reads at strides of a power of two in
 // each tile; a line more keeps the tiles out of each other's cache sets.

@@ -1,6 +1,7 @@
 #include "../codecs/palette.h"
 
 #include "codecs.h"
+#include "encode_slots.h"
 #include "loops.cuh"
 
 namespace rs::cuda {
@@ -11,9 +12,7 @@ CudaRow row_of(bool grouped) {
   return grouped ? loop_row<Palette<Index, true>>() : loop_row<Palette<Index, false>>();
 }
 
-}  // namespace
-
-CudaRow palette_row(const Term& term) {
+CudaRow decoding_row(const Term& term) {
   const bool grouped = term.spec.number("group", 0) != 0;
   const std::string layout = term.spec.word("layout", "dense");
   if (layout == "words") return row_of<WordIndex>(grouped);
@@ -28,6 +27,14 @@ CudaRow palette_row(const Term& term) {
     default:
       return row_of<DenseIndex<4>>(grouped);
   }
+}
+
+}  // namespace
+
+CudaRow palette_row(const Term& term) {
+  CudaRow row = decoding_row(term);
+  palette_encode_slots(row, term);
+  return row;
 }
 
 }  // namespace rs::cuda

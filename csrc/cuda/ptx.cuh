@@ -58,4 +58,31 @@ __device__ __forceinline__ void multiply_int8(int32_t (&sum)[4], const uint32_t 
 #endif
 }
 
+// sum plus the four unsigned bytes of `points` times the four signed ones of `aim`, pair by pair.
+__device__ __forceinline__ int dot_bytes(uint32_t points, int aim, int sum) {
+#ifdef __CUDA_ARCH__
+  int out;  // the compiler's own __dp4a takes two of one sign
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(out) : "r"(points), "r"(aim), "r"(sum));
+  return out;
+#else
+  for (int i = 0; i < 4; ++i)
+    sum += static_cast<int>(points >> (8 * i) & 255) *
+           static_cast<int8_t>(static_cast<uint32_t>(aim) >> (8 * i));
+  return sum;
+#endif
+}
+
+// The least of the warp's values, in every lane.
+__device__ __forceinline__ int warp_min(int x) {
+#ifdef __CUDA_ARCH__
+  return __reduce_min_sync(0xFFFFFFFFu, x);
+#elif defined(RS_EMULATED_CUDA)
+  const int* all = emulation::exchange(x);
+  for (int lane = 0; lane < 32; ++lane) x = all[lane] < x ? all[lane] : x;
+  return x;
+#else
+  return x;
+#endif
+}
+
 }  // namespace rs::cuda

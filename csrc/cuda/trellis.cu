@@ -1,6 +1,7 @@
 #include "../codecs/trellis.h"
 
 #include "codecs.h"
+#include "encode_slots.h"
 #include "loops.cuh"
 
 namespace rs::cuda {
@@ -39,7 +40,9 @@ CudaRow row_of(int k) {
 }  // namespace
 
 CudaRow trellis_row(const Term& term) {
-  return row_of<3>(static_cast<int>(2 * term.spec.number("bits", 2)));
+  CudaRow row = row_of<3>(static_cast<int>(2 * term.spec.number("bits", 2)));
+  trellis_encode_slots(row, term);
+  return row;
 }
 
 }  // namespace rs::cuda

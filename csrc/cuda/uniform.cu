@@ -1,6 +1,7 @@
 #include "../codecs/uniform.h"
 
 #include "codecs.h"
+#include "encode_slots.h"
 #include "loops.cuh"
 
 namespace rs::cuda {
@@ -17,8 +18,10 @@ CudaRow row_of(int bits, bool symmetric) {
 }  // namespace
 
 CudaRow uniform_row(const Term& term) {
-  return row_of<2>(static_cast<int>(term.spec.number("bits", 4)),
-                   term.spec.flag("symmetric", false));
+  CudaRow row =
+      row_of<2>(static_cast<int>(term.spec.number("bits", 4)), term.spec.flag("symmetric", false));
+  uniform_encode_slots(row, term);
+  return row;
 }
 
 }  // namespace rs::cuda

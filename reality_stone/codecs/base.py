@@ -173,9 +173,23 @@ class Codec(ABC):
         block of columns and scales are fitted in its metric. `outputs` (out, out) is E[g g^T] of
         the loss's gradients at the layer's output (see curvature.py): with it too, errors are fed
         back along both sides. `label` names the layer in warnings.
-        Shared params in `given` are used as they are.
+        Shared params in `given` are used as they are. A weight on a GPU is searched there where
+        the codec has kernels for it; the result is on the CPU and the same.
         """
+        device = getattr(weight, "device", torch.device("cpu"))
         weight = check_weight(weight, self.name)
+        with ops.searching_on(device):
+            return self._encode(weight, hessian, outputs, seed, label, given)
+
+    def _encode(
+        self,
+        weight: Tensor,
+        hessian: Tensor | Hessian | None,
+        outputs: Tensor | Hessian | None,
+        seed: int,
+        label: str,
+        given: Mapping[str, Tensor] | None,
+    ) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         prepared = Hessian.prepare(hessian, shape[1], label)
         several = self.tile(shape).grid(shape)[1] > 1

@@ -124,8 +124,9 @@ def unpack_states(codes: Tensor, k: int) -> Tensor:
 
 def pack_states(states: Tensor, k: int) -> Tensor:
     """(..., 128) states of a closed ring -> (..., 16 k) bytes: each state's top k bits in order."""
-    bit = (states.unsqueeze(-1) >> torch.arange(15, 15 - k, -1)) & 1
-    word = (bit.flatten(-2).unflatten(-1, (8 * k, 16)) << torch.arange(15, -1, -1)).sum(-1)
+    place = torch.arange(15, -1, -1, device=states.device)
+    bit = (states.unsqueeze(-1) >> place[:k]) & 1
+    word = (bit.flatten(-2).unflatten(-1, (8 * k, 16)) << place).sum(-1)
     return torch.stack((word & 255, word >> 8), -1).flatten(-2).to(torch.uint8)
 
 
@@ -163,10 +164,9 @@ def _factorial(n: int) -> float:
 
 def search_reference(tiles: Tensor, radius: Tensor, angle: Tensor, k: int) -> Tensor:
     """Tail-biting Viterbi search in plain torch: (tiles, 256) -> (tiles, 16 k). For judging."""
-    codes = [
-        _search(t, state_points(torch.arange(STATES), radius, angle), k) for t in tiles.split(8)
-    ]
-    return torch.cat(codes) if codes else torch.zeros((0, 16 * k), dtype=torch.uint8)
+    points = state_points(torch.arange(STATES, device=tiles.device), radius, angle)
+    codes = [_search(t, points, k) for t in tiles.split(8) if len(t)]
+    return torch.cat(codes) if codes else tiles.new_zeros((0, 16 * k), dtype=torch.uint8)
 
 
 def _search(tiles: Tensor, points: Tensor, k: int) -> Tensor:
@@ -179,9 +179,9 @@ def _search(tiles: Tensor, points: Tensor, k: int) -> Tensor:
 def _viterbi(pairs: Tensor, points: Tensor, k: int, closing: Tensor | None) -> Tensor:
     """Best states (n, 128); `closing` (n,) holds the 16-k bits around the ring's seam."""
     n, overlaps = pairs.shape[0], 2 ** (16 - k)
-    best = torch.zeros(n, overlaps)
+    best = pairs.new_zeros(n, overlaps)
     if closing is not None:
-        best = torch.full((n, overlaps), float("inf")).scatter_(1, closing[:, None], 0.0)
+        best = torch.full_like(best, float("inf")).scatter_(1, closing[:, None], 0.0)
     back = []
     for t in range(128):
         cost = ((points[None] - pairs[:, t, None]) ** 2).sum(-1)

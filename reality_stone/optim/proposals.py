@@ -229,8 +229,7 @@ def _tiles(packed: Packed, model: Quadratic, gradient: Tensor, wanted: int) -> R
     old = ops.decode(packed.codes[place][:, None].contiguous(), params, spec, size)
     goal = old - step[i, j].reshape(size)
     # The encoder's params are those of the layer: what it would fit to a tile is not taken.
-    new = ops.encode(goal.cpu().contiguous(), None, [p.cpu() for p in params], spec)[0]
-    new = new.to(packed.codes.device)
+    new = ops.encode(goal.contiguous(), None, params, spec)[0]
     change = (ops.decode(new, params, spec, size) - old).view(-1, r, c)
     device = change.device
     inside = (i[:, None] * r + torch.arange(r, device=device) < out)[:, :, None]
