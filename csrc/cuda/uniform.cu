@@ -2,15 +2,33 @@
 
 #include "codecs.h"
 #include "loops.cuh"
+#include "row_product.cuh"
+#include "uniform_decoder.cuh"
 
 namespace rs::cuda {
 namespace {
 
+// Four lanes decode 32 neighbours with one scale.
+constexpr int64_t kGroupUnit = 32;
+
+template <int Bits, bool Symmetric>
+struct Decoders {
+  template <class T>
+  using Of = UniformDecoder<T, Bits, Symmetric>;
+};
+
+template <int Bits, bool Symmetric>
+CudaRow row_of(int64_t group) {
+  CudaRow row = loop_row<Uniform<Bits, Symmetric>>();
+  if constexpr (Bits == 4 || Bits == 8)
+    if (group % kGroupUnit == 0) row_product_slot<Decoders<Bits, Symmetric>::template Of>(row);
+  return row;
+}
+
 template <int Bits>
-CudaRow row_of(int bits, bool symmetric) {
-  if (bits == Bits)
-    return symmetric ? loop_row<Uniform<Bits, true>>() : loop_row<Uniform<Bits, false>>();
-  if constexpr (Bits < 8) return row_of<Bits + 1>(bits, symmetric);
+CudaRow row_of(int bits, bool symmetric, int64_t group) {
+  if (bits == Bits) return symmetric ? row_of<Bits, true>(group) : row_of<Bits, false>(group);
+  if constexpr (Bits < 8) return row_of<Bits + 1>(bits, symmetric, group);
   return {};
 }
 
@@ -18,7 +36,7 @@ CudaRow row_of(int bits, bool symmetric) {
 
 CudaRow uniform_row(const Term& term) {
   return row_of<2>(static_cast<int>(term.spec.number("bits", 4)),
-                   term.spec.flag("symmetric", false));
+                   term.spec.flag("symmetric", false), term.row.tile.cols);
 }
 
 }  // namespace rs::cuda
