@@ -33,22 +33,19 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
 #endif
 }
 
-// Starts copying `Bytes` (4, 8 or 16) from global to shared memory past the registers, of which
-// those from `valid` on become zeros. Both addresses are multiples of Bytes.
+// Starts copying `Bytes` (4, 8 or 16) from global to shared memory past the registers. Both
+// addresses are multiples of Bytes.
 template <int Bytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef __CUDA_ARCH__
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (Bytes == 16)  // read once: past the first-level cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid)
-                 : "memory");
+  if constexpr (Bytes == 16)  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(Bytes),
-                 "r"(valid)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(Bytes)
                  : "memory");
 #else
-  std::memset(shared, 0, Bytes);
-  std::memcpy(shared, global, static_cast<size_t>(valid));
+  std::memcpy(shared, global, Bytes);
 #endif
 }
 

@@ -70,7 +70,9 @@ struct RowProduct {
   const void* x;  // (m, in)
   int m;
   int codes_width, x_width;  // bytes of one copy: see copy_piece
-  int64_t groups, group;     // of a row, of columns
+  int64_t groups;            // of a row
+  uint32_t group;            // columns of one
+  int group_shift;           // their logarithm, or -1
   int64_t steps;             // of a block
   float* y;                  // (splits, m, out)
 };
@@ -81,20 +83,34 @@ inline int copy_width(const void* base, int64_t bytes) {
   return at % 16 == 0 ? 16 : at % 8 == 0 ? 8 : at % 4 == 0 ? 4 : 1;
 }
 
-// Sixteen bytes to shared memory, those from `left` on as zeros. Rows at odd addresses go through
-// registers byte by byte.
+// Sixteen bytes to shared memory, those from `left` on as zeros, which are whole copies.
+template <int Width>
+__device__ __forceinline__ void copy_units(unsigned char* to, const unsigned char* from,
+                                           int64_t left) {
+  using Unit =
+      std::conditional_t<Width == 16, uint4, std::conditional_t<Width == 8, uint2, uint32_t>>;
+#pragma unroll
+  for (int b = 0; b < 16; b += Width) {
+    if (b < left)
+      copy_async<Width>(to + b, from + b);
+    else
+      *reinterpret_cast<Unit*>(to + b) = Unit{};
+  }
+}
+// Width 0: `width` is known at run time. Rows at odd addresses go through registers.
+template <int Width>
 __device__ __forceinline__ void copy_piece(unsigned char* to, const unsigned char* from,
                                            int64_t left, int width) {
-  const int valid = static_cast<int>(max(min(left, int64_t{16}), int64_t{0}));
-  if (width == 16) {
-    copy_async<16>(to, from, valid);
-  } else if (width == 8) {
-    for (int b = 0; b < 16; b += 8) copy_async<8>(to + b, from + b, max(min(valid - b, 8), 0));
-  } else if (width == 4) {
-    for (int b = 0; b < 16; b += 4) copy_async<4>(to + b, from + b, max(min(valid - b, 4), 0));
-  } else {
-    for (int b = 0; b < 16; ++b) to[b] = b < valid ? from[b] : static_cast<unsigned char>(0);
-  }
+  if constexpr (Width > 0)
+    copy_units<Width>(to, from, left);
+  else if (width == 16)
+    copy_units<16>(to, from, left);
+  else if (width == 8)
+    copy_units<8>(to, from, left);
+  else if (width == 4)
+    copy_units<4>(to, from, left);
+  else
+    for (int b = 0; b < 16; ++b) to[b] = b < left ? from[b] : static_cast<unsigned char>(0);
 }
 
 // A warp's share of the ring: where its codes, scales and activations come from and stand.
@@ -118,44 +134,62 @@ struct Ring {
     return stages + stage * stage_bytes + P::kCodesBytes + P::kScalesBytes +
            depth * product.m * P::kXPitch;
   }
-  __device__ int64_t row(int i) const { return min(row0 + i, layer.out - 1); }
 
-  // Starts the copies of one chunk of columns.
-  __device__ void load(int64_t chunk, int stage) const {
-    constexpr int kPieces = P::kChunkBytes / 16;
-    unsigned char* to = codes(stage);
-#pragma unroll
-    for (int first = 0; first < P::kRows * kPieces; first += 32) {
-      const int i = first + lane, r = i / kPieces, piece = i % kPieces;
-      if (P::kRows * kPieces % 32 && i >= P::kRows * kPieces) break;
-      const int64_t at = chunk * P::kChunkBytes + piece * 16;
-      copy_piece(to + r * P::kPitch + piece * 16, layer.codes + row(r) * product.row_bytes + at,
-                 product.row_bytes - at, product.codes_width);
-    }
+  // Starts the copies of one chunk of columns. Rows past the last are left as they are, for nobody
+  // stores what they give.
+  __device__ __forceinline__ void load(int64_t chunk, int stage) const {
+    if (product.codes_width == 16 && product.x_width == 16)
+      load_as<16>(chunk, stage);
+    else
+      load_as<0>(chunk, stage);
     if constexpr (Decoder::kScales > 0) load_scales(chunk, scales(stage));
+  }
+  template <int Width>
+  __device__ __forceinline__ void load_as(int64_t chunk, int stage) const {
+    constexpr int kPieces = P::kChunkBytes / 16, kAll = P::kRows * kPieces;
+    constexpr int kUnroll = Width > 0 ? kAll : 1;
+    unsigned char* to = codes(stage);
+    const unsigned char* from = layer.codes + row0 * product.row_bytes;
+    const int rows = static_cast<int>(min(layer.out - row0, int64_t{P::kRows}));
+#pragma unroll kUnroll
+    for (int first = 0; first < kAll; first += 32) {
+      const int i = first + lane, r = i / kPieces, piece = i % kPieces;
+      const int64_t at = chunk * P::kChunkBytes + piece * 16;
+      if (r < rows)
+        copy_piece<Width>(to + r * P::kPitch + piece * 16, from + r * product.row_bytes + at,
+                          product.row_bytes - at, product.codes_width);
+    }
     constexpr int kXPieces = P::kChunk / 8, kTeam = 32 * P::kRowWarps;
     to = x(stage);
-    const auto* from = static_cast<const unsigned char*>(product.x);
+    from = static_cast<const unsigned char*>(product.x);
+#pragma unroll 1
     for (int i = row_warp * 32 + lane; i < product.m * kXPieces; i += kTeam) {
       const int r = i / kXPieces, piece = i % kXPieces;
       const int64_t at = (chunk * P::kChunk + piece * 8) * 2;
-      copy_piece(to + r * P::kXPitch + piece * 16, from + r * layer.in * 2 + at, layer.in * 2 - at,
-                 product.x_width);
+      copy_piece<Width>(to + r * P::kXPitch + piece * 16, from + r * layer.in * 2 + at,
+                        layer.in * 2 - at, product.x_width);
     }
   }
 
   // Lane 4 g + j copies those of strip j of rows g, g + 8, ...
-  __device__ void load_scales(int64_t chunk, float* to) const {
+  __device__ __forceinline__ void load_scales(int64_t chunk, float* to) const {
     static_assert(P::kStrips == 4 || Decoder::kScales == 0);
     const int64_t column = chunk * P::kChunk + lane % 4 * P::kStrip;
-    const int valid = column < layer.in ? 4 : 0;
-    const int64_t group = static_cast<uint32_t>(column) / static_cast<uint32_t>(product.group);
+    const int64_t group = product.group_shift >= 0 ? column >> product.group_shift
+                                                   : static_cast<uint32_t>(column) / product.group;
+    const int rows = static_cast<int>(min(layer.out - row0, int64_t{P::kRows}));
 #pragma unroll
-    for (int r = lane / 4; r < P::kRows; r += 8) {
-      const int64_t at = row(r) * product.groups + (valid ? group : 0);
+    for (int first = 0; first < P::kRows; first += 8) {
+      const int r = first + lane / 4;
+      const int64_t at = (row0 + r) * product.groups + group;
 #pragma unroll
-      for (int i = 0; i < Decoder::kScales; ++i)
-        copy_async<4>(to + (i * P::kRows + r) * 4 + lane % 4, layer.params[i] + at, valid);
+      for (int i = 0; i < Decoder::kScales; ++i) {
+        float* scale = to + (i * P::kRows + r) * 4 + lane % 4;
+        if (column >= layer.in)
+          *scale = 0;
+        else if (r < rows)
+          copy_async<4>(scale, layer.params[i] + at);
+      }
     }
   }
 
@@ -178,7 +212,7 @@ __device__ __forceinline__ void add_stage(const Ring<P>& ring, int stage,
   const int g = ring.lane / 4, t = ring.lane % 4;
   const unsigned char* codes = ring.codes(stage) + g * P::kPitch + t * Decoder::kRunBytes;
   const unsigned char* x = ring.x(stage) + t * Decoder::kRun * 2;
-#pragma unroll
+#pragma unroll P::kColumns == 1 ? P::kStrips : 1  // more would spill registers
   for (int strip = 0; strip < P::kStrips; ++strip) {
     uint32_t w[P::kTiles][2][Decoder::kRun / 2];
 #pragma unroll
@@ -357,7 +391,8 @@ cudaError_t row_product(const LayerView& layer, const void* x, int64_t m, float*
     product.codes_width = copy_width(layer.codes, product.row_bytes);
     product.x_width = copy_width(x, layer.in * 2);
     product.groups = layer.tile_cols();
-    product.group = layer.tile.cols;
+    product.group = static_cast<uint32_t>(layer.tile.cols);
+    product.group_shift = std::has_single_bit(product.group) ? std::countr_zero(product.group) : -1;
     product.steps = splits.steps;
     product.y = splits.count > 1 ? static_cast<float*>(scratch) : y;
     const dim3 grid(static_cast<unsigned>(splits.blocks), static_cast<unsigned>(splits.count));
