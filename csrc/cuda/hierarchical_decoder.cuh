@@ -59,7 +59,7 @@ struct XorValues {
 template <class T, class Values>
 struct HierarchicalDecoder {
   static constexpr int kRun = 8, kRunBytes = 4, kRead = 4, kScales = 0;
-  static constexpr float kMiddle = 0;
+  static constexpr float kShift = 0;
   static constexpr int kTableBytes = Values::kTableBytes;
 
   Values four;

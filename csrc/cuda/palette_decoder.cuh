@@ -12,11 +12,12 @@ template <class T, int Bits, bool Words>
 struct PaletteDecoder {
   static constexpr int kRun = Words ? 40 : 8, kRunBytes = Words ? 16 : Bits;
   static constexpr int kRead = Words ? 16 : 4, kScales = 0;
-  static constexpr float kMiddle = 0;
+  static constexpr float kShift = 0;
   static constexpr int kPairBits = 2 * Bits, kPairs = 1 << kPairBits;
   static constexpr int kTableBytes = kPairs * 32 * 4;
 
-  const unsigned char* column;
+  const unsigned char* table;
+  uint32_t column;
 
   static __device__ void fill(const LayerView& layer, uint32_t* table) {
     constexpr int kMask = (1 << Bits) - 1;
@@ -25,14 +26,14 @@ struct PaletteDecoder {
       table[i] = pack_pair<T>(codebook[i / 32 & kMask], codebook[i / 32 >> Bits]);
   }
   __device__ PaletteDecoder(const LayerView&, const uint32_t* table)
-      : column(reinterpret_cast<const unsigned char*>(table + threadIdx.x % 32)) {}
+      : table(reinterpret_cast<const unsigned char*>(table)), column(threadIdx.x % 32 * 4) {}
 
   // The pair whose index stands from bit At on; a row of the table is 128 bytes.
   template <int At>
   __device__ uint32_t pair(uint32_t codes) const {
     constexpr uint32_t kMask = (kPairs - 1) << 7;
     const uint32_t row = (At < 7 ? codes << (7 - At) : codes >> (At - 7)) & kMask;
-    return *reinterpret_cast<const uint32_t*>(column + row);
+    return *reinterpret_cast<const uint32_t*>(table + (row | column));
   }
   template <int Count>
   __device__ void pairs_of(uint32_t codes, uint32_t* pairs) const {

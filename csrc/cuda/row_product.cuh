@@ -9,7 +9,7 @@
 //     fill(layer, table), Decoder(layer, table)
 //     decode(run, pairs)       kRun / 2 pairs in the Decoder's own order
 //     arrange(x)               eight activations in that order
-//     kMiddle                  with scales: weight = scale * (decoded + kMiddle - zero)
+//     kShift                   with scales: weight = scale * (decoded + kShift - zero)
 //   };
 //
 // A step of `mma` sums over 16 columns of a row in whatever order they come, as long as weights and
@@ -39,13 +39,16 @@ struct Plan {
   static constexpr int kDepths = kProductWarps / RowWarps;
   static constexpr int kRows = 16 * Tiles, kBlockRows = kRows * RowWarps;
   // Columns of T that four lanes decode at once; those that a warp takes at a time.
-  static constexpr int kStrip = 4 * Codec::kRun, kStrips = kStrip < 128 ? 128 / kStrip : 1;
+  static constexpr int kStrip = 4 * Codec::kRun, kWide = Columns == 1 ? 256 : 128;
+  static constexpr int kStrips = kStrip < kWide ? kWide / kStrip : 1;
   static constexpr int kChunk = kStrip * kStrips;
   static constexpr int kChunkBytes = kChunk / Codec::kRun * Codec::kRunBytes;
   static constexpr int kPitch = odd_pitch(kChunkBytes, 4 * Codec::kRead);
   static constexpr int kXPitch = odd_pitch(2 * kChunk, 64);
   static constexpr int kScaleFloats = Codec::kScales * kRows * kStrips;  // of a warp
   static constexpr int kSums = Tiles * Columns * 4;
+  static constexpr bool kShifted =
+      Codec::kScales == 2 || (Codec::kScales == 1 && Codec::kShift != 0);
 
   // Shared memory: the table, then a ring of stages, each codes, scales and x.
   static constexpr int kCodesBytes = kProductWarps * kRows * kPitch;
@@ -69,9 +72,10 @@ struct RowProduct {
   int64_t row_bytes;
   const void* x;  // (m, in)
   int m;
-  int codes_width, x_width;  // bytes of one copy: see copy_piece
+  int codes_width, x_width;  // bytes of one copy, 1 to 16
   int64_t groups;            // of a row
   uint32_t group;            // columns of one
+  uint32_t ends;             // bit s: a group may end after strip s of a chunk
   int group_shift;           // their logarithm, or -1
   int64_t steps;             // of a block
   float* y;                  // (splits, m, out)
@@ -83,34 +87,46 @@ inline int copy_width(const void* base, int64_t bytes) {
   return at % 16 == 0 ? 16 : at % 8 == 0 ? 8 : at % 4 == 0 ? 4 : 1;
 }
 
-// Sixteen bytes to shared memory, those from `left` on as zeros, which are whole copies.
+// One copy to shared memory, or zeros past the end of a row. Bytes go through registers.
 template <int Width>
-__device__ __forceinline__ void copy_units(unsigned char* to, const unsigned char* from,
-                                           int64_t left) {
-  using Unit =
-      std::conditional_t<Width == 16, uint4, std::conditional_t<Width == 8, uint2, uint32_t>>;
-#pragma unroll
-  for (int b = 0; b < 16; b += Width) {
-    if (b < left)
-      copy_async<Width>(to + b, from + b);
-    else
-      *reinterpret_cast<Unit*>(to + b) = Unit{};
+__device__ __forceinline__ void copy_or_clear(unsigned char* to, const unsigned char* from,
+                                              bool inside) {
+  using Unit = std::conditional_t<
+      Width == 16, uint4,
+      std::conditional_t<Width == 8, uint2,
+                         std::conditional_t<Width == 4, uint32_t, unsigned char>>>;
+  if (!inside)
+    *reinterpret_cast<Unit*>(to) = Unit{};
+  else if constexpr (Width > 1)
+    copy_async<Width>(to, from);
+  else
+    *to = *from;
+}
+
+// Rows [0, rows) of `bytes` bytes, `stride` apart, from column `at` on to rows `Pitch` apart in
+// shared memory, which takes Bytes of each: by `team` threads, of which this is number `i`.
+template <int Width, int Bytes, int Pitch>
+__device__ __forceinline__ void copy_rows(unsigned char* to, const unsigned char* from, int rows,
+                                          int64_t bytes, int64_t at, int i, int team) {
+  constexpr int kUnits = Bytes / Width;
+#pragma unroll 1
+  for (; i < rows * kUnits; i += team) {
+    const int row = i / kUnits, unit = i % kUnits * Width;
+    copy_or_clear<Width>(to + row * Pitch + unit, from + row * bytes + at + unit,
+                         at + unit < bytes);
   }
 }
-// Width 0: `width` is known at run time. Rows at odd addresses go through registers.
-template <int Width>
-__device__ __forceinline__ void copy_piece(unsigned char* to, const unsigned char* from,
-                                           int64_t left, int width) {
-  if constexpr (Width > 0)
-    copy_units<Width>(to, from, left);
-  else if (width == 16)
-    copy_units<16>(to, from, left);
+template <int Bytes, int Pitch>
+__device__ __forceinline__ void copy_rows(unsigned char* to, const unsigned char* from, int rows,
+                                          int64_t bytes, int64_t at, int i, int team, int width) {
+  if (width == 16)
+    copy_rows<16, Bytes, Pitch>(to, from, rows, bytes, at, i, team);
   else if (width == 8)
-    copy_units<8>(to, from, left);
+    copy_rows<8, Bytes, Pitch>(to, from, rows, bytes, at, i, team);
   else if (width == 4)
-    copy_units<4>(to, from, left);
+    copy_rows<4, Bytes, Pitch>(to, from, rows, bytes, at, i, team);
   else
-    for (int b = 0; b < 16; ++b) to[b] = b < left ? from[b] : static_cast<unsigned char>(0);
+    copy_rows<1, Bytes, Pitch>(to, from, rows, bytes, at, i, team);
 }
 
 // A warp's share of the ring: where its codes, scales and activations come from and stand.
@@ -138,56 +154,61 @@ struct Ring {
   // Starts the copies of one chunk of columns. Rows past the last are left as they are, for nobody
   // stores what they give.
   __device__ __forceinline__ void load(int64_t chunk, int stage) const {
-    if (product.codes_width == 16 && product.x_width == 16)
-      load_as<16>(chunk, stage);
+    const bool inside = (chunk + 1) * P::kChunk <= layer.in && row0 + P::kRows <= layer.out;
+    if (inside && product.codes_width == 16 && product.x_width == 16)
+      load_whole(chunk, stage);
     else
-      load_as<0>(chunk, stage);
-    if constexpr (Decoder::kScales > 0) load_scales(chunk, scales(stage));
+      load_part(chunk, stage);
   }
-  template <int Width>
-  __device__ __forceinline__ void load_as(int64_t chunk, int stage) const {
-    constexpr int kPieces = P::kChunkBytes / 16, kAll = P::kRows * kPieces;
-    constexpr int kUnroll = Width > 0 ? kAll : 1;
+
+  __device__ __forceinline__ void load_whole(int64_t chunk, int stage) const {
+    constexpr int kPieces = P::kChunkBytes / 16, kXPieces = P::kChunk / 8;
+    const unsigned char* from = layer.codes + row0 * product.row_bytes + chunk * P::kChunkBytes;
     unsigned char* to = codes(stage);
-    const unsigned char* from = layer.codes + row0 * product.row_bytes;
-    const int rows = static_cast<int>(min(layer.out - row0, int64_t{P::kRows}));
-#pragma unroll kUnroll
-    for (int first = 0; first < kAll; first += 32) {
-      const int i = first + lane, r = i / kPieces, piece = i % kPieces;
-      const int64_t at = chunk * P::kChunkBytes + piece * 16;
-      if (r < rows)
-        copy_piece<Width>(to + r * P::kPitch + piece * 16, from + r * product.row_bytes + at,
-                          product.row_bytes - at, product.codes_width);
+#pragma unroll
+    for (int first = 0; first < P::kRows * kPieces; first += 32) {
+      const int i = first + lane, row = i / kPieces, piece = i % kPieces * 16;
+      if (P::kRows * kPieces % 32 == 0 || i < P::kRows * kPieces)
+        copy_async<16>(to + row * P::kPitch + piece, from + row * product.row_bytes + piece);
     }
-    constexpr int kXPieces = P::kChunk / 8, kTeam = 32 * P::kRowWarps;
+    if constexpr (Decoder::kScales > 0) load_scales<true>(chunk, P::kRows, scales(stage));
+    from = static_cast<const unsigned char*>(product.x) + chunk * P::kChunk * 2;
     to = x(stage);
-    from = static_cast<const unsigned char*>(product.x);
 #pragma unroll 1
-    for (int i = row_warp * 32 + lane; i < product.m * kXPieces; i += kTeam) {
-      const int r = i / kXPieces, piece = i % kXPieces;
-      const int64_t at = (chunk * P::kChunk + piece * 8) * 2;
-      copy_piece<Width>(to + r * P::kXPitch + piece * 16, from + r * layer.in * 2 + at,
-                        layer.in * 2 - at, product.x_width);
+    for (int i = row_warp * 32 + lane; i < product.m * kXPieces; i += 32 * P::kRowWarps) {
+      const int row = i / kXPieces, piece = i % kXPieces * 16;
+      copy_async<16>(to + row * P::kXPitch + piece, from + row * layer.in * 2 + piece);
     }
   }
 
-  // Lane 4 g + j copies those of strip j of rows g, g + 8, ...
-  __device__ __forceinline__ void load_scales(int64_t chunk, float* to) const {
-    static_assert(P::kStrips == 4 || Decoder::kScales == 0);
-    const int64_t column = chunk * P::kChunk + lane % 4 * P::kStrip;
+  __device__ __forceinline__ void load_part(int64_t chunk, int stage) const {
+    const int rows = static_cast<int>(min(layer.out - row0, int64_t{P::kRows}));
+    copy_rows<P::kChunkBytes, P::kPitch>(codes(stage), layer.codes + row0 * product.row_bytes, rows,
+                                         product.row_bytes, chunk * P::kChunkBytes, lane, 32,
+                                         product.codes_width);
+    if constexpr (Decoder::kScales > 0) load_scales<false>(chunk, rows, scales(stage));
+    copy_rows<2 * P::kChunk, P::kXPitch>(x(stage), static_cast<const unsigned char*>(product.x),
+                                         product.m, layer.in * 2, chunk * P::kChunk * 2,
+                                         row_warp * 32 + lane, 32 * P::kRowWarps, product.x_width);
+  }
+
+  // A lane copies those of one strip, of every so many rows.
+  template <bool Whole>
+  __device__ __forceinline__ void load_scales(int64_t chunk, int rows, float* to) const {
+    static_assert(Decoder::kScales == 0 || 32 % P::kStrips == 0);
+    const int64_t column = chunk * P::kChunk + lane % P::kStrips * P::kStrip;
     const int64_t group = product.group_shift >= 0 ? column >> product.group_shift
                                                    : static_cast<uint32_t>(column) / product.group;
-    const int rows = static_cast<int>(min(layer.out - row0, int64_t{P::kRows}));
 #pragma unroll
-    for (int first = 0; first < P::kRows; first += 8) {
-      const int r = first + lane / 4;
+    for (int first = 0; first < P::kRows; first += 32 / P::kStrips) {
+      const int r = first + lane / P::kStrips;
       const int64_t at = (row0 + r) * product.groups + group;
 #pragma unroll
       for (int i = 0; i < Decoder::kScales; ++i) {
-        float* scale = to + (i * P::kRows + r) * 4 + lane % 4;
-        if (column >= layer.in)
+        float* scale = to + i * P::kRows * P::kStrips + first * P::kStrips + lane;
+        if (!Whole && column >= layer.in)
           *scale = 0;
-        else if (r < rows)
+        else if (Whole || r < rows)
           copy_async<4>(scale, layer.params[i] + at);
       }
     }
@@ -203,62 +224,81 @@ struct Ring {
   }
 };
 
+// part += w @ x^T for the kRun neighbours of each of two times eight kTiles rows; x_sums += those
+// of x.
+template <class P, class T>
+__device__ __forceinline__ void multiply(const uint32_t (&w)[P::kTiles][2][P::Decoder::kRun / 2],
+                                         const unsigned char* x, float (&part)[P::kTiles][4],
+                                         float (&x_sums)[4]) {
+  using Decoder = typename P::Decoder;
+#pragma unroll
+  for (int p = 0; p < Decoder::kRun / 8; ++p) {
+    const uint4 v = Decoder::arrange(*reinterpret_cast<const uint4*>(x + 16 * p));
+#pragma unroll
+    for (int i = 0; i < P::kTiles; ++i) {
+      const auto& [a, b] = w[i];
+      mma_16x8x16<T>(part[i], {a[4 * p], b[4 * p], a[4 * p + 1], b[4 * p + 1]}, v.x, v.y);
+      mma_16x8x16<T>(part[i], {a[4 * p + 2], b[4 * p + 2], a[4 * p + 3], b[4 * p + 3]}, v.z, v.w);
+    }
+    if constexpr (P::kShifted) {
+      const uint32_t one = pair_of<T>(1.0f), ones[4] = {one, one, one, one};
+      mma_16x8x16<T>(x_sums, ones, v.x, v.y);
+      mma_16x8x16<T>(x_sums, ones, v.z, v.w);
+    }
+  }
+}
+
+// sums += scale * (part + shift * x_sums), with the scales of a strip from row g's on.
+template <class P>
+__device__ __forceinline__ void add_group(const float* scales, const float (&part)[P::kTiles][4],
+                                          const float (&x_sums)[4], float (&sums)[P::kTiles][4]) {
+  using Decoder = typename P::Decoder;
+#pragma unroll
+  for (int i = 0; i < 2 * P::kTiles; ++i) {
+    const float scale = scales[8 * P::kStrips * i];
+    float shift = Decoder::kShift;
+    if constexpr (Decoder::kScales == 2) shift -= scales[(8 * i + P::kRows) * P::kStrips];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int at = i % 2 * 2 + c;
+      const float v = P::kShifted ? fmaf(shift, x_sums[c], part[i / 2][at]) : part[i / 2][at];
+      sums[i / 2][at] = fmaf(scale, v, sums[i / 2][at]);
+    }
+  }
+}
+
 // Adds the product of one stage.
 template <class P, class T>
 __device__ __forceinline__ void add_stage(const Ring<P>& ring, int stage,
                                           const typename P::Decoder& decoder,
-                                          float (&sums)[P::kTiles][P::kColumns][4]) {
+                                          float (&sums)[P::kColumns][P::kTiles][4]) {
   using Decoder = typename P::Decoder;
   const int g = ring.lane / 4, t = ring.lane % 4;
   const unsigned char* codes = ring.codes(stage) + g * P::kPitch + t * Decoder::kRunBytes;
   const unsigned char* x = ring.x(stage) + t * Decoder::kRun * 2;
+  const float* scales = ring.scales(stage) + g * P::kStrips;
+  float part[P::kTiles][4] = {}, x_sums[4] = {};
 #pragma unroll P::kColumns == 1 ? P::kStrips : 1  // more would spill registers
   for (int strip = 0; strip < P::kStrips; ++strip) {
     uint32_t w[P::kTiles][2][Decoder::kRun / 2];
 #pragma unroll
     for (int i = 0; i < 2 * P::kTiles; ++i)
       decoder.decode(codes + 8 * i * P::kPitch + strip * 4 * Decoder::kRunBytes, w[i / 2][i % 2]);
-    float scale[2 * P::kTiles], shift[2 * P::kTiles];
-    if constexpr (Decoder::kScales > 0) {
-      const float* scales = ring.scales(stage) + g * 4 + strip;
-#pragma unroll
-      for (int i = 0; i < 2 * P::kTiles; ++i) {
-        scale[i] = scales[32 * i];
-        if constexpr (Decoder::kScales == 2)
-          shift[i] = Decoder::kMiddle - scales[32 * i + 4 * P::kRows];
-      }
-    }
 #pragma unroll
     for (int n = 0; n < P::kColumns; ++n) {
       // Rows past the last give columns of the product that nobody stores.
-      const unsigned char* row = x + min(8 * n + g, ring.product.m - 1) * P::kXPitch;
-      float part[P::kTiles][4] = {}, x_sums[4] = {};
-#pragma unroll
-      for (int p = 0; p < Decoder::kRun / 8; ++p) {
-        const uint4 v = Decoder::arrange(
-            *reinterpret_cast<const uint4*>(row + (strip * P::kStrip + p * 8) * 2));
-#pragma unroll
-        for (int i = 0; i < P::kTiles; ++i) {
-          const auto& r = w[i];
-          auto& d = Decoder::kScales > 0 ? part[i] : sums[i][n];
-          mma_16x8x16<T>(d, {r[0][4 * p], r[1][4 * p], r[0][4 * p + 1], r[1][4 * p + 1]}, v.x, v.y);
-          mma_16x8x16<T>(d, {r[0][4 * p + 2], r[1][4 * p + 2], r[0][4 * p + 3], r[1][4 * p + 3]},
-                         v.z, v.w);
-        }
-        if constexpr (Decoder::kScales == 2) {
-          const uint32_t one = pair_of<T>(1.0f), ones[4] = {one, one, one, one};
-          mma_16x8x16<T>(x_sums, ones, v.x, v.y);
-          mma_16x8x16<T>(x_sums, ones, v.z, v.w);
+      const unsigned char* row =
+          x + min(8 * n + g, ring.product.m - 1) * P::kXPitch + strip * P::kStrip * 2;
+      if constexpr (Decoder::kScales == 0) {
+        multiply<P, T>(w, row, sums[n], x_sums);
+      } else {
+        multiply<P, T>(w, row, part, x_sums);
+        if (P::kColumns > 1 || ring.product.ends >> strip & 1) {
+          add_group<P>(scales + strip, part, x_sums, sums[n]);
+          std::memset(part, 0, sizeof part);
+          std::memset(x_sums, 0, sizeof x_sums);
         }
       }
-      if constexpr (Decoder::kScales > 0)
-#pragma unroll
-        for (int i = 0; i < 4 * P::kTiles; ++i) {
-          float v = part[i / 4][i % 4];
-          if constexpr (Decoder::kScales == 2) v = fmaf(shift[i / 2], x_sums[i % 2], v);
-          float& sum = sums[i / 4][n][i % 4];
-          sum = fmaf(scale[i / 2], v, sum);
-        }
     }
   }
 }
@@ -296,7 +336,7 @@ __global__ void __launch_bounds__(kProductThreads, P::kBlocks)
     if (s < steps) ring.load(chunk + s * P::kDepths, s);
     commit_copies();
   }
-  float sums[P::kTiles][P::kColumns][4] = {};
+  float sums[P::kColumns][P::kTiles][4] = {};
   int stage = 0, free = P::kStages - 1;
 #pragma unroll 1
   for (int s = 0; s < steps; ++s) {
@@ -314,18 +354,17 @@ __global__ void __launch_bounds__(kProductThreads, P::kBlocks)
   if (depth > 0)
 #pragma unroll
     for (int i = 0; i < P::kSums; ++i)
-      parts[(warp * P::kSums + i) * 32 + lane] =
-          sums[i / 4 / P::kColumns][i / 4 % P::kColumns][i % 4];
+      parts[(warp * P::kSums + i) * 32 + lane] = sums[i / 4 / P::kTiles][i / 4 % P::kTiles][i % 4];
   __syncthreads();
   if (depth > 0) return;
   float* y = product.y + static_cast<int64_t>(blockIdx.y) * product.m * layer.out;
 #pragma unroll
   for (int i = 0; i < P::kSums; ++i) {
-    float sum = sums[i / 4 / P::kColumns][i / 4 % P::kColumns][i % 4];
+    float sum = sums[i / 4 / P::kTiles][i / 4 % P::kTiles][i % 4];
     for (int d = 1; d < P::kDepths; ++d)
       sum += parts[((d * P::kRowWarps + warp) * P::kSums + i) * 32 + lane];
-    const int64_t row = row0 + i / 4 / P::kColumns * 16 + i % 4 / 2 * 8 + lane / 4;
-    const int column = i / 4 % P::kColumns * 8 + lane % 4 * 2 + i % 2;
+    const int64_t row = row0 + i / 4 % P::kTiles * 16 + i % 4 / 2 * 8 + lane / 4;
+    const int column = i / 4 / P::kTiles * 8 + lane % 4 * 2 + i % 2;
     if (row < layer.out && column < product.m) y[column * layer.out + row] = sum;
   }
 }
@@ -370,6 +409,16 @@ Splits splits_of(const LayerView& layer) {
   return {blocks, each, (steps + each - 1) / each};
 }
 
+// Chunks begin with a group where one divides the other; else any strip may be a group's last.
+template <class P>
+uint32_t group_ends(int64_t group) {
+  const bool even = P::kChunk % group == 0 || group % P::kChunk == 0;
+  uint32_t ends = 0;
+  for (int s = 0; s < P::kStrips; ++s)
+    if (!even || s + 1 == P::kStrips || (s + 1) * P::kStrip % group == 0) ends |= 1u << s;
+  return ends;
+}
+
 template <class Decoder>
 int64_t row_product_scratch(const LayerView& layer, int64_t m) {
   return with_plan<Decoder>(m, [&](auto plan) {
@@ -392,6 +441,7 @@ cudaError_t row_product(const LayerView& layer, const void* x, int64_t m, float*
     product.x_width = copy_width(x, layer.in * 2);
     product.groups = layer.tile_cols();
     product.group = static_cast<uint32_t>(layer.tile.cols);
+    product.ends = group_ends<P>(layer.tile.cols);
     product.group_shift = std::has_single_bit(product.group) ? std::countr_zero(product.group) : -1;
     product.steps = splits.steps;
     product.y = splits.count > 1 ? static_cast<float*>(scratch) : y;

@@ -11,22 +11,23 @@ struct UniformDecoder {
   static_assert(Bits == 4 || Bits == 8);
   static constexpr int kRun = 8, kRunBytes = Bits, kRead = Bits, kTableBytes = 0;
   static constexpr int kScales = Symmetric ? 1 : 2;
-  static constexpr float kMiddle = 1 << (Bits - 1);
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+  // Codes are decoded with this added, but 8 bits as bfloat16 less their middle.
+  static constexpr float kPower = kBf16 ? 128 : 1024;
+  static constexpr float kMiddle = 1 << (Bits - 1);
+  static constexpr float kShift =
+      (Bits == 8 && kBf16 ? kMiddle : -kPower) - (Symmetric ? kMiddle : 0);
 
   static __device__ void fill(const LayerView&, uint32_t*) {}
   __device__ UniformDecoder(const LayerView&, const uint32_t*) {}
 
   // 4 bits: codes 0 and 4, 1 and 5, 2 and 6, 3 and 7; 8 bits: 0 and 2, 1 and 3, 4 and 6, 5 and 7.
-  // Bits below those of a large power of two count in ones.
+  // The low bits of a large power of two count in ones.
   __device__ void decode(const unsigned char* run, uint32_t (&pairs)[4]) const {
     if constexpr (Bits == 4) {
-      constexpr float kPower = kBf16 ? 128 : 1024;
       const uint32_t codes = *reinterpret_cast<const uint32_t*>(run);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = add_pairs<T>((codes >> 4 * i & 0x000F000F) | pair_of<T>(kPower),
-                                pair_of<T>(-kPower - kMiddle));
+      for (int i = 0; i < 4; ++i) pairs[i] = (codes >> 4 * i & 0x000F000F) | pair_of<T>(kPower);
     } else {
       const uint2 codes = *reinterpret_cast<const uint2*>(run);
       pairs[0] = bytes(codes.x);
@@ -41,7 +42,7 @@ struct UniformDecoder {
       return add_pairs<T>((codes & 0x007F007F) | pair_of<T>(128),
                           (~codes & 0x00800080) | pair_of<T>(-128));
     else
-      return add_pairs<T>((codes & 0x00FF00FF) | pair_of<T>(1024), pair_of<T>(-1024 - kMiddle));
+      return (codes & 0x00FF00FF) | pair_of<T>(kPower);
   }
 
   static __device__ uint4 arrange(const uint4& x) {
