@@ -71,8 +71,8 @@ struct HierarchicalDecoder {
       : four(layer, table) {}
 
   // Weights 0 and 4, 1 and 5, 2 and 6, 3 and 7: their deltas stand eight bits apart.
-  __device__ void decode(const unsigned char* run, uint32_t (&pairs)[4]) const {
-    const uint32_t tile = *reinterpret_cast<const uint32_t*>(run);
+  __device__ void decode(const unsigned char* strip, int t, uint32_t (&pairs)[4]) const {
+    const uint32_t tile = reinterpret_cast<const uint32_t*>(strip)[t];
     float values[4];
     four(tile & 0xFFFF, values);
     const uint32_t low = pack_pair<T>(values[0], values[1]);

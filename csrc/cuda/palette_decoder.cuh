@@ -43,20 +43,19 @@ struct PaletteDecoder {
     }
   }
 
-  __device__ void decode(const unsigned char* run, uint32_t (&pairs)[kRun / 2]) const {
+  __device__ void decode(const unsigned char* strip, int t, uint32_t (&pairs)[kRun / 2]) const {
     if constexpr (Words) {
-      const uint4 four = *reinterpret_cast<const uint4*>(run);
+      const uint4 four = reinterpret_cast<const uint4*>(strip)[t];
       const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // bits 15 and 31 are no index's
         pairs_of<5>((words[i] & 0x7FFF) | (words[i] >> 1 & 0x3FFF8000), pairs + 5 * i);
     } else if constexpr (Bits == 4) {
-      pairs_of<4>(*reinterpret_cast<const uint32_t*>(run), pairs);
+      pairs_of<4>(reinterpret_cast<const uint32_t*>(strip)[t], pairs);
     } else {
-      // Rows of runs start at whole words, runs themselves at any byte.
-      const auto at = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(run)) & 3;
-      const auto* words = reinterpret_cast<const uint32_t*>(run - at);
-      pairs_of<4>(funnel_right(words[0], words[1], 8 * at), pairs);
+      // Three words are four runs; the second word of the last run goes unused.
+      const auto* words = reinterpret_cast<const uint32_t*>(strip) + 3 * t / 4;
+      pairs_of<4>(funnel_right(words[0], words[1], 24 * t % 32), pairs);
     }
   }
   static __device__ uint4 arrange(const uint4& x) { return x; }

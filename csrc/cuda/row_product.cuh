@@ -7,7 +7,7 @@
 //     kScales           0, or 1 for a scale, or 2 for a scale and a zero, of each group of a row
 //     kTableBytes       of shared memory, filled by the block before all else
 //     fill(layer, table), Decoder(layer, table)
-//     decode(run, pairs)       kRun / 2 pairs in the Decoder's own order
+//     decode(strip, t, pairs)  run t of four: kRun / 2 pairs in the Decoder's own order
 //     arrange(x)               eight activations in that order
 //     kShift                   with scales: weight = scale * (decoded + kShift - zero)
 //   };
@@ -32,7 +32,7 @@ constexpr int odd_pitch(int bytes, int unit) { return ((bytes + unit - 1) / unit
 
 // A warp owns 16 Tiles rows of T and 8 Columns rows of x; RowWarps warps of a block stand side by
 // side and share x, the others split the columns of T.
-template <class Codec, int Tiles, int Columns, int RowWarps>
+template <class Codec, int Tiles, int Columns, int RowWarps, int Hold = 1>
 struct Plan {
   using Decoder = Codec;
   static constexpr int kTiles = Tiles, kColumns = Columns, kRowWarps = RowWarps;
@@ -43,9 +43,12 @@ struct Plan {
   static constexpr int kStrips = kStrip < kWide ? kWide / kStrip : 1;
   static constexpr int kChunk = kStrip * kStrips;
   static constexpr int kChunkBytes = kChunk / Codec::kRun * Codec::kRunBytes;
+  static constexpr int kPieces = kChunkBytes / 16;
   static constexpr int kPitch = odd_pitch(kChunkBytes, 4 * Codec::kRead);
   static constexpr int kXPitch = odd_pitch(2 * kChunk, 64);
-  static constexpr int kScaleFloats = Codec::kScales * kRows * kStrips;  // of a warp
+  // Strips that are known to have one scale, and such scales of a row of a chunk.
+  static constexpr int kHold = Hold, kSlots = kStrips / Hold;
+  static constexpr int kScaleFloats = Codec::kScales * kRows * kSlots;  // of a warp
   static constexpr int kSums = Tiles * Columns * 4;
   static constexpr bool kShifted =
       Codec::kScales == 2 || (Codec::kScales == 1 && Codec::kShift != 0);
@@ -75,7 +78,6 @@ struct RowProduct {
   int codes_width, x_width;  // bytes of one copy, 1 to 16
   int64_t groups;            // of a row
   uint32_t group;            // columns of one
-  uint32_t ends;             // bit s: a group may end after strip s of a chunk
   int group_shift;           // their logarithm, or -1
   int64_t steps;             // of a block
   float* y;                  // (splits, m, out)
@@ -138,6 +140,7 @@ struct Ring {
   unsigned char* stages;
   int stage_bytes, warp, lane, depth, row_warp;
   int64_t row0;
+  int64_t code_offset, scale_offset;  // of this lane's first copies of a chunk
 
   __device__ unsigned char* codes(int stage) const {
     return stages + stage * stage_bytes + warp * P::kRows * P::kPitch;
@@ -162,14 +165,14 @@ struct Ring {
   }
 
   __device__ __forceinline__ void load_whole(int64_t chunk, int stage) const {
-    constexpr int kPieces = P::kChunkBytes / 16, kXPieces = P::kChunk / 8;
-    const unsigned char* from = layer.codes + row0 * product.row_bytes + chunk * P::kChunkBytes;
-    unsigned char* to = codes(stage);
+    constexpr int kXPieces = P::kChunk / 8, kStep = 32 / P::kPieces;
+    const unsigned char* from = layer.codes + code_offset + chunk * P::kChunkBytes;
+    unsigned char* to = codes(stage) + lane / P::kPieces * P::kPitch + lane % P::kPieces * 16;
 #pragma unroll
-    for (int first = 0; first < P::kRows * kPieces; first += 32) {
-      const int i = first + lane, row = i / kPieces, piece = i % kPieces * 16;
-      if (P::kRows * kPieces % 32 == 0 || i < P::kRows * kPieces)
-        copy_async<16>(to + row * P::kPitch + piece, from + row * product.row_bytes + piece);
+    for (int row = 0; row < P::kRows; row += kStep) {
+      const bool mine = lane / P::kPieces < min(kStep, P::kRows - row);
+      if (32 % P::kPieces == 0 || mine) copy_async<16>(to + row * P::kPitch, from);
+      from += kStep * product.row_bytes;
     }
     if constexpr (Decoder::kScales > 0) load_scales<true>(chunk, P::kRows, scales(stage));
     from = static_cast<const unsigned char*>(product.x) + chunk * P::kChunk * 2;
@@ -192,25 +195,26 @@ struct Ring {
                                          row_warp * 32 + lane, 32 * P::kRowWarps, product.x_width);
   }
 
-  // A lane copies those of one strip, of every so many rows.
+  // A lane copies those of one slot, of every so many rows.
   template <bool Whole>
   __device__ __forceinline__ void load_scales(int64_t chunk, int rows, float* to) const {
-    static_assert(Decoder::kScales == 0 || 32 % P::kStrips == 0);
-    const int64_t column = chunk * P::kChunk + lane % P::kStrips * P::kStrip;
-    const int64_t group = product.group_shift >= 0 ? column >> product.group_shift
-                                                   : static_cast<uint32_t>(column) / product.group;
+    static_assert(Decoder::kScales == 0 || 32 % P::kSlots == 0);
+    constexpr int kStep = 32 / P::kSlots;
+    const int64_t column = chunk * P::kChunk + lane % P::kSlots * P::kHold * P::kStrip;
+    int64_t at =
+        scale_offset + (product.group_shift >= 0 ? column >> product.group_shift
+                                                 : static_cast<uint32_t>(column) / product.group);
 #pragma unroll
-    for (int first = 0; first < P::kRows; first += 32 / P::kStrips) {
-      const int r = first + lane / P::kStrips;
-      const int64_t at = (row0 + r) * product.groups + group;
+    for (int row = 0; row < P::kRows; row += kStep) {
 #pragma unroll
       for (int i = 0; i < Decoder::kScales; ++i) {
-        float* scale = to + i * P::kRows * P::kStrips + first * P::kStrips + lane;
+        float* scale = to + (i * P::kRows + row) * P::kSlots + lane;
         if (!Whole && column >= layer.in)
           *scale = 0;
-        else if (Whole || r < rows)
+        else if (Whole || row + lane / P::kSlots < rows)
           copy_async<4>(scale, layer.params[i] + at);
       }
+      at += kStep * product.groups;
     }
   }
 
@@ -255,9 +259,9 @@ __device__ __forceinline__ void add_group(const float* scales, const float (&par
   using Decoder = typename P::Decoder;
 #pragma unroll
   for (int i = 0; i < 2 * P::kTiles; ++i) {
-    const float scale = scales[8 * P::kStrips * i];
+    const float scale = scales[8 * P::kSlots * i];
     float shift = Decoder::kShift;
-    if constexpr (Decoder::kScales == 2) shift -= scales[(8 * i + P::kRows) * P::kStrips];
+    if constexpr (Decoder::kScales == 2) shift -= scales[(8 * i + P::kRows) * P::kSlots];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int at = i % 2 * 2 + c;
@@ -274,16 +278,17 @@ __device__ __forceinline__ void add_stage(const Ring<P>& ring, int stage,
                                           float (&sums)[P::kColumns][P::kTiles][4]) {
   using Decoder = typename P::Decoder;
   const int g = ring.lane / 4, t = ring.lane % 4;
-  const unsigned char* codes = ring.codes(stage) + g * P::kPitch + t * Decoder::kRunBytes;
+  const unsigned char* codes = ring.codes(stage) + g * P::kPitch;
   const unsigned char* x = ring.x(stage) + t * Decoder::kRun * 2;
-  const float* scales = ring.scales(stage) + g * P::kStrips;
+  const float* scales = ring.scales(stage) + g * P::kSlots;
   float part[P::kTiles][4] = {}, x_sums[4] = {};
 #pragma unroll P::kColumns == 1 ? P::kStrips : 1  // more would spill registers
   for (int strip = 0; strip < P::kStrips; ++strip) {
     uint32_t w[P::kTiles][2][Decoder::kRun / 2];
 #pragma unroll
     for (int i = 0; i < 2 * P::kTiles; ++i)
-      decoder.decode(codes + 8 * i * P::kPitch + strip * 4 * Decoder::kRunBytes, w[i / 2][i % 2]);
+      decoder.decode(codes + 8 * i * P::kPitch + strip * 4 * Decoder::kRunBytes, t,
+                     w[i / 2][i % 2]);
 #pragma unroll
     for (int n = 0; n < P::kColumns; ++n) {
       // Rows past the last give columns of the product that nobody stores.
@@ -293,8 +298,8 @@ __device__ __forceinline__ void add_stage(const Ring<P>& ring, int stage,
         multiply<P, T>(w, row, sums[n], x_sums);
       } else {
         multiply<P, T>(w, row, part, x_sums);
-        if (P::kColumns > 1 || ring.product.ends >> strip & 1) {
-          add_group<P>(scales + strip, part, x_sums, sums[n]);
+        if ((strip + 1) % P::kHold == 0) {
+          add_group<P>(scales + strip / P::kHold, part, x_sums, sums[n]);
           std::memset(part, 0, sizeof part);
           std::memset(x_sums, 0, sizeof x_sums);
         }
@@ -320,6 +325,7 @@ __global__ void __launch_bounds__(kProductThreads, P::kBlocks)
   const Decoder decoder(layer, table);
   const int row_warp = warp % P::kRowWarps, depth = warp / P::kRowWarps;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * P::kBlockRows + row_warp * P::kRows;
+  const int64_t code_row = row0 + lane / P::kPieces, scale_row = row0 + lane / P::kSlots;
   const Ring<P> ring{layer,
                      product,
                      shared + Decoder::kTableBytes,
@@ -328,7 +334,9 @@ __global__ void __launch_bounds__(kProductThreads, P::kBlocks)
                      lane,
                      depth,
                      row_warp,
-                     row0};
+                     row0,
+                     code_row * product.row_bytes + lane % P::kPieces * 16,
+                     scale_row * product.groups};
   const int steps = static_cast<int>(product.steps);
   const int64_t chunk = static_cast<int64_t>(blockIdx.y) * steps * P::kDepths + depth;
 
@@ -381,14 +389,20 @@ __global__ void __launch_bounds__(kLoopThreads)
   y[i] = sum;
 }
 
-// Calls visit(Plan{}) with the plan for m rows of x. Two tiles to a warp halve what activations
-// cost, where the registers hold them.
-template <class Decoder, class Visit>
-auto with_plan(int64_t m, Visit&& visit) {
-  constexpr int kTwo = Decoder::kRun == 8 ? 2 : 1;
+// Calls visit(Plan{}) with the plan for m rows of x and groups of `group` columns. Two tiles to a
+// warp halve what activations cost, where the registers hold them.
+template <class Decoder, int Hold, class Visit>
+auto with_narrow_plan(int64_t m, Visit&& visit) {
   if constexpr (Decoder::kTableBytes <= 8192)
-    if (m <= 2) return visit(Plan<Decoder, 1, 1, 1>{});
-  if (m <= 8) return visit(Plan<Decoder, 1, 1, 4>{});
+    if (m <= 2) return visit(Plan<Decoder, 1, 1, 1, Hold>{});
+  return visit(Plan<Decoder, 1, 1, 4, Hold>{});
+}
+template <class Decoder, class Visit>
+auto with_plan(int64_t m, int64_t group, Visit&& visit) {
+  constexpr int kTwo = Decoder::kRun == 8 ? 2 : 1;
+  if constexpr (Decoder::kScales > 0)
+    if (m <= 8 && group % 64 == 0) return with_narrow_plan<Decoder, 2>(m, visit);
+  if (m <= 8) return with_narrow_plan<Decoder, 1>(m, visit);
   if (m <= 16) return visit(Plan<Decoder, kTwo, 2, 4>{});
   if (m <= 32) return visit(Plan<Decoder, kTwo, 4, 4>{});
   return visit(Plan<Decoder, kTwo, 8, 4>{});
@@ -409,19 +423,9 @@ Splits splits_of(const LayerView& layer) {
   return {blocks, each, (steps + each - 1) / each};
 }
 
-// Chunks begin with a group where one divides the other; else any strip may be a group's last.
-template <class P>
-uint32_t group_ends(int64_t group) {
-  const bool even = P::kChunk % group == 0 || group % P::kChunk == 0;
-  uint32_t ends = 0;
-  for (int s = 0; s < P::kStrips; ++s)
-    if (!even || s + 1 == P::kStrips || (s + 1) * P::kStrip % group == 0) ends |= 1u << s;
-  return ends;
-}
-
 template <class Decoder>
 int64_t row_product_scratch(const LayerView& layer, int64_t m) {
-  return with_plan<Decoder>(m, [&](auto plan) {
+  return with_plan<Decoder>(m, layer.tile.cols, [&](auto plan) {
     const int64_t count = splits_of<decltype(plan)>(layer).count;
     return count > 1 ? count * m * layer.out * static_cast<int64_t>(sizeof(float)) : int64_t{0};
   });
@@ -430,7 +434,7 @@ int64_t row_product_scratch(const LayerView& layer, int64_t m) {
 template <class Decoder, class T>
 cudaError_t row_product(const LayerView& layer, const void* x, int64_t m, float* y, void* scratch,
                         cudaStream_t stream) {
-  return with_plan<Decoder>(m, [&](auto plan) {
+  return with_plan<Decoder>(m, layer.tile.cols, [&](auto plan) {
     using P = decltype(plan);
     const Splits splits = splits_of<P>(layer);
     RowProduct product;
@@ -441,7 +445,6 @@ cudaError_t row_product(const LayerView& layer, const void* x, int64_t m, float*
     product.x_width = copy_width(x, layer.in * 2);
     product.groups = layer.tile_cols();
     product.group = static_cast<uint32_t>(layer.tile.cols);
-    product.ends = group_ends<P>(layer.tile.cols);
     product.group_shift = std::has_single_bit(product.group) ? std::countr_zero(product.group) : -1;
     product.steps = splits.steps;
     product.y = splits.count > 1 ? static_cast<float*>(scratch) : y;

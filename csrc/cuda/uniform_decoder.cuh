@@ -23,7 +23,8 @@ struct UniformDecoder {
 
   // 4 bits: codes 0 and 4, 1 and 5, 2 and 6, 3 and 7; 8 bits: 0 and 2, 1 and 3, 4 and 6, 5 and 7.
   // The low bits of a large power of two count in ones.
-  __device__ void decode(const unsigned char* run, uint32_t (&pairs)[4]) const {
+  __device__ void decode(const unsigned char* strip, int t, uint32_t (&pairs)[4]) const {
+    const unsigned char* run = strip + t * kRunBytes;
     if constexpr (Bits == 4) {
       const uint32_t codes = *reinterpret_cast<const uint32_t*>(run);
 #pragma unroll
