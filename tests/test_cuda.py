@@ -6,6 +6,9 @@ import torch
 import walk
 
 from reality_stone import ops, reference
+from reality_stone.codecs import REGISTRY
+
+Uniform, Palette, Hierarchical = (REGISTRY[name] for name in ("uniform", "palette", "hierarchical"))
 
 SHAPES = [(1, 17), (33, 50), (48, 136), (128, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,6 +22,11 @@ def arguments(packed):
     codes, params = cuda.tensors(packed.codes, list(packed.params.values()))
     rest = packed.codec.spec, packed.shape
     return (codes, params, *rest), (packed.codes, list(packed.params.values()), *rest)
+
+
+def enumerate_types(*batches):
+    """Each batch with bfloat16 or float16, in turn."""
+    return [(b, (torch.bfloat16, torch.float16)[i % 2]) for i, b in enumerate(batches)]
 
 
 def error(found, wanted):
@@ -53,6 +61,36 @@ def test_products_and_input_gradients_agree(codec, batch, monkeypatch):
             assert error(y, reference.linear(x.float(), *theirs)) < PRODUCT, (shape, order)
             wanted = reference.linear_grad_input(dy.float(), *theirs)
             assert error(dx, wanted) < PRODUCT, (shape, order)
+
+
+# Groups that are a part, several or no whole number of what a warp takes at a time; rows of codes
+# and of activations that start at any byte; columns in several parts.
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        (Uniform(bits=4, group=32, symmetric=True), (70, 350)),
+        (Uniform(bits=4, group=1024), (17, 3000)),
+        (Uniform(bits=8, group=96), (70, 500)),
+        (Uniform(bits=8, group=128, symmetric=True), (17, 600)),
+        (Palette(layout="dense", bits=3), (17, 1032)),
+        (Palette(layout="dense", bits=4), (17, 522)),
+        (Palette(layout="words"), (33, 563)),
+        (Palette(layout="words"), (17, 1000)),
+        (Hierarchical(mode="mul"), (33, 1044)),
+        (Hierarchical(mode="xor"), (24, 531)),
+    ],
+    ids=str,
+)
+def test_products_straight_from_runs_of_codes_are_exact_but_for_rounding(codec, shape, monkeypatch):
+    mine, theirs = arguments(walk.random_layer(codec, shape))
+    dense = reference.decode(*theirs).double()
+    for batch, dtype in enumerate_types(1, 3, 16, 31, 64):
+        x = walk.gaussian(batch, shape[1]).to(dtype)
+        for order in cuda.orders(monkeypatch) if batch < 31 else [None]:
+            y = cuda.ops.linear(*cuda.tensors(x), *mine)
+            # The result is rounded to its dtype and so are weights that are no integers, by eps / 4
+            # at most each.
+            assert error(y, x.double() @ dense.T) < torch.finfo(dtype).eps / 2, (batch, order)
 
 
 @pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
