@@ -3,6 +3,7 @@
 #include "codecs.h"
 #include "hierarchical_decoder.cuh"
 #include "loops.cuh"
+#include "panel.cuh"
 #include "row_product.cuh"
 
 namespace rs::cuda {
@@ -16,6 +17,7 @@ using Xor = HierarchicalDecoder<T, XorValues>;
 template <class Mode, template <class> class Decoder>
 CudaRow row_of() {
   CudaRow row = loop_row<Hierarchical<Mode>>();
+  row.decode = decode_panel<Hierarchical<Mode>, 4>;
   row_product_slot<Decoder>(row);
   return row;
 }

@@ -3,6 +3,7 @@
 #include "codecs.h"
 #include "loops.cuh"
 #include "palette_decoder.cuh"
+#include "panel.cuh"
 #include "row_product.cuh"
 
 namespace rs::cuda {
@@ -18,9 +19,16 @@ using Words3 = PaletteDecoder<T, 3, true>;
 template <class Index>
 CudaRow row_of(bool grouped) {
   if (grouped) return loop_row<Palette<Index, true>>();
-  CudaRow row = loop_row<Palette<Index, false>>();
-  if constexpr (std::is_same_v<Index, DenseIndex<3>>) row_product_slot<Dense3>(row);
-  if constexpr (std::is_same_v<Index, DenseIndex<4>>) row_product_slot<Dense4>(row);
+  using Codec = Palette<Index, false>;
+  CudaRow row = loop_row<Codec>();
+  if constexpr (std::is_same_v<Index, DenseIndex<3>>) {
+    row.decode = decode_panel<Codec, 3>;
+    row_product_slot<Dense3>(row);
+  }
+  if constexpr (std::is_same_v<Index, DenseIndex<4>>) {
+    row.decode = decode_panel<Codec, 4>;
+    row_product_slot<Dense4>(row);
+  }
   if constexpr (std::is_same_v<Index, WordIndex>) row_product_slot<Words3>(row);
   return row;
 }

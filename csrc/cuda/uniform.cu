@@ -2,6 +2,7 @@
 
 #include "codecs.h"
 #include "loops.cuh"
+#include "panel.cuh"
 #include "row_product.cuh"
 #include "uniform_decoder.cuh"
 
@@ -19,9 +20,12 @@ struct Decoders {
 
 template <int Bits, bool Symmetric>
 CudaRow row_of(int64_t group) {
-  CudaRow row = loop_row<Uniform<Bits, Symmetric>>();
-  if constexpr (Bits == 4 || Bits == 8)
+  using Codec = Uniform<Bits, Symmetric>;
+  CudaRow row = loop_row<Codec>();
+  if constexpr (Bits == 4 || Bits == 8) {
+    if (group % 8 == 0) row.decode = decode_panel<Codec, Bits>;
     if (group % kGroupUnit == 0) row_product_slot<Decoders<Bits, Symmetric>::template Of>(row);
+  }
   return row;
 }
 
