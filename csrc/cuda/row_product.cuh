@@ -203,7 +203,7 @@ auto with_plan(int64_t m, int64_t group, Visit&& visit) {
   if (m <= 8) return with_narrow_plan<Decoder, 1>(m, visit);
   if (m <= 16) return visit(Plan<Decoder, kTwo, 2, 4>{});
   if (m <= 32) return visit(Plan<Decoder, kTwo, 4, 4>{});
-  return visit(Plan<Decoder, kTwo, 8, 4>{});
+  return visit(Plan<Decoder, Decoder::kRunBytes == 8 ? 1 : kTwo, 8, 4>{});
 }
 
 // How the columns of T are split between blocks, so that there are enough of these.

@@ -44,15 +44,15 @@ struct Plan {
     return kCodesBytes + kScalesBytes + kDepths * static_cast<int>(m) * kXPitch;
   }
   static constexpr int kBlocks = Columns <= 2 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kRoom = 226 * 1024 / kBlocks - 1024 - Codec::kTableBytes;
+  static constexpr int kMost = 163 * 1024;              // of an sm_80 block; sm_90 has 227
+  static constexpr int kRoom = std::min(226 * 1024 / kBlocks - 1024, kMost) - Codec::kTableBytes;
   static constexpr int kStages =
       std::clamp(kRoom / stage_bytes(RowWarps == 1 ? 2 : 8 * Columns), 2, 4);
   static constexpr int kSumBytes = kProductThreads * kSums * 4;
   static constexpr int shared_bytes(int64_t m) {
     return Codec::kTableBytes + std::max(kStages * stage_bytes(m), kSumBytes);
   }
-  static_assert(Codec::kTableBytes + 2 * stage_bytes(RowWarps == 1 ? 2 : 8 * Columns) <=
-                227 * 1024);
+  static_assert(Codec::kTableBytes + 2 * stage_bytes(RowWarps == 1 ? 2 : 8 * Columns) <= kMost);
 };
 
 struct RowProduct {
