@@ -8,6 +8,9 @@ import walk
 
 import reality_stone as rs
 from reality_stone import ops, reference
+from reality_stone.codecs import REGISTRY
+
+Uniform, Palette, Hierarchical = (REGISTRY[name] for name in ("uniform", "palette", "hierarchical"))
 
 SHAPES = [(1, 17), (33, 50), (48, 136), (128, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,6 +36,11 @@ def error(found, wanted, size=0.0):
 def product_size(x, w):
     """What the roundings in x @ w.T are in proportion to: its norm, unless terms cancel."""
     return (x.double() ** 2 @ w.double().T ** 2).sqrt().norm()
+
+
+def enumerate_types(*batches):
+    """Each batch with bfloat16 or float16, in turn."""
+    return [(b, (torch.bfloat16, torch.float16)[i % 2]) for i, b in enumerate(batches)]
 
 
 @pytest.mark.parametrize("codec", walk.ALL, ids=walk.spec)
@@ -109,6 +117,36 @@ def test_codes_are_checked_where_they_lie():
     codes[3, 0, 1] = 255  # more entries than a row holds
     with pytest.raises(ValueError, match=r"codes tile \(3, 0\) is no valid code"):
         cuda.ops.check_codes(*cuda.tensors(codes), *mine[1:])
+
+
+# Groups that are a part, several or no whole number of what a warp takes at a time; rows of codes
+# and of activations that start at any byte; columns in several parts.
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        (Uniform(bits=4, group=32, symmetric=True), (70, 350)),
+        (Uniform(bits=4, group=1024), (17, 3000)),
+        (Uniform(bits=8, group=96), (70, 500)),
+        (Uniform(bits=8, group=128, symmetric=True), (17, 600)),
+        (Palette(layout="dense", bits=3), (17, 1032)),
+        (Palette(layout="dense", bits=4), (17, 522)),
+        (Palette(layout="words"), (33, 563)),
+        (Palette(layout="words"), (17, 1000)),
+        (Hierarchical(mode="mul"), (33, 1044)),
+        (Hierarchical(mode="xor"), (24, 531)),
+    ],
+    ids=str,
+)
+def test_products_straight_from_runs_of_codes_are_exact_but_for_rounding(codec, shape, monkeypatch):
+    mine, theirs = arguments(walk.random_layer(codec, shape))
+    dense = reference.decode(*theirs).double()
+    for batch, dtype in enumerate_types(1, 3, 16, 31, 64):
+        x = walk.gaussian(batch, shape[1]).to(dtype)
+        for order in cuda.orders(monkeypatch) if batch < 31 else [None]:
+            y = cuda.ops.linear(*cuda.tensors(x), *mine)
+            # The result is rounded to its dtype and so are weights that are no integers, by eps / 4
+            # at most each.
+            assert error(y, x.double() @ dense.T) < torch.finfo(dtype).eps / 2, (batch, order)
 
 
 @pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)

@@ -3,13 +3,35 @@
 #include "codecs.h"
 #include "encode_slots.h"
 #include "loops.cuh"
+#include "palette_decoder.cuh"
+#include "panel.cuh"
+#include "row_product.cuh"
 
 namespace rs::cuda {
 namespace {
 
+template <class T>
+using Dense3 = PaletteDecoder<T, 3, false>;
+template <class T>
+using Dense4 = PaletteDecoder<T, 4, false>;
+template <class T>
+using Words3 = PaletteDecoder<T, 3, true>;
+
 template <class Index>
 CudaRow row_of(bool grouped) {
-  return grouped ? loop_row<Palette<Index, true>>() : loop_row<Palette<Index, false>>();
+  if (grouped) return loop_row<Palette<Index, true>>();
+  using Codec = Palette<Index, false>;
+  CudaRow row = loop_row<Codec>();
+  if constexpr (std::is_same_v<Index, DenseIndex<3>>) {
+    row.decode = decode_panel<Codec, 3>;
+    row_product_slot<Dense3>(row);
+  }
+  if constexpr (std::is_same_v<Index, DenseIndex<4>>) {
+    row.decode = decode_panel<Codec, 4>;
+    row_product_slot<Dense4>(row);
+  }
+  if constexpr (std::is_same_v<Index, WordIndex>) row_product_slot<Words3>(row);
+  return row;
 }
 
 CudaRow decoding_row(const Term& term) {
