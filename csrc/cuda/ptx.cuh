@@ -32,6 +32,18 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
 #endif
 }
 
+// x << shift, kept apart from a shift behind it: the compiler would make one shift and one mask of
+// both, which run in one pipe, while this one is a multiplication, in another.
+__device__ __forceinline__ uint32_t multiplied_left(uint32_t x, int shift) {
+#ifdef __CUDA_ARCH__
+  uint32_t out;
+  asm("mul.lo.u32 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(1u << shift));
+  return out;
+#else
+  return x << shift;
+#endif
+}
+
 // d (16, 8) += a (16, 16) @ b (16, 8), T by T into float32, spread over a warp. Lane 4 g + t holds
 // of a, pairs of columns: a[0] row g, columns 2t and 2t + 1; a[1] row g + 8; a[2], a[3] the same
 // eight columns on; of b column g: b0 rows 2t and 2t + 1, b1 eight on; of d columns 2t and 2t + 1

@@ -54,24 +54,41 @@ __device__ __forceinline__ void load_quarter(const uint8_t* codes, uint32_t* wor
   }
 }
 
-// State n (0..31) of a quarter from its words and the word behind them, whose low half counts.
-// `n` is a constant once loops are unrolled.
+// The ring's 32 bits from half-word `half` of a quarter on, first bit most significant.
 template <int K>
-__device__ __forceinline__ uint32_t quarter_state(const uint32_t (&words)[K + 1], int n) {
-  const int half = K * n / 16, shift = K * n % 16;
+__device__ __forceinline__ uint32_t quarter_bits(const uint32_t (&words)[K + 1], int half) {
   const uint32_t word = words[half / 2];
-  if (shift == 0) return half % 2 ? word >> 16 : word & 0xFFFF;
-  if (shift == 8 && half % 2 == 0) return permute_bytes(word, 0, 0x4403);
-  // The ring's 32 bits from half-word `half` on, first bit most significant.
-  const uint32_t window =
-      half % 2 ? permute_bytes(word, words[half / 2 + 1], 0x3254) : permute_bytes(word, 0, 0x1032);
-  return window << shift >> 16;
+  if (half == 2 * K) return word << 16;  // nobody asks for bits behind its first half
+  return half % 2 ? permute_bytes(word, words[half / 2 + 1], 0x3254)
+                  : permute_bytes(word, 0, 0x1032);
 }
 
-// The hash of a state with its halves exchanged: bit 31 is the sign of v, bit 15 that of u, as in a
-// packed pair, and bits 5 to 14 are the index of the point.
-__device__ __forceinline__ uint32_t trellis_hash(uint32_t state) {
-  const uint32_t p = state * kTrellisMultiplier;
+// The product of state n (0..31) of a quarter and the multiplier, from the quarter's words and the
+// word behind them, whose low half counts. `n` is a constant once loops are unrolled. Shifts and
+// logic are what limits the kernels, and multiplications run beside them.
+template <int K>
+__device__ __forceinline__ uint32_t quarter_product(const uint32_t (&words)[K + 1], int n) {
+  const int half = K * n / 16, shift = K * n % 16;
+  if constexpr (16 % K == 0) {
+    // 32 bits are state a and, 16 / K further on, state b; their product is that of b plus 2^16
+    // times that of a.
+    const int first = half / 2 * 2;
+    uint32_t both = quarter_bits<K>(words, first);
+    if (shift) both = funnel_right(quarter_bits<K>(words, first + 2), both, 32 - shift);
+    const uint32_t a = (both >> 16) * kTrellisMultiplier;
+    return half == first ? a : both * kTrellisMultiplier - (a << 16);
+  } else {
+    const uint32_t word = words[half / 2];
+    if (shift == 0) return (half % 2 ? word >> 16 : word & 0xFFFF) * kTrellisMultiplier;
+    return (multiplied_left(quarter_bits<K>(words, half), shift) >> 16) * kTrellisMultiplier;
+  }
+}
+
+// The hash of a quarter's state with its halves exchanged: bit 31 is the sign of v, bit 15 that of
+// u, as in a packed pair, and bits 5 to 14 are the index of the point.
+template <int K>
+__device__ __forceinline__ uint32_t quarter_hash(const uint32_t (&words)[K + 1], int n) {
+  const uint32_t p = quarter_product<K>(words, n);
   return funnel_right(p, p, 16);
 }
 constexpr uint32_t kSigns = 0x80008000u;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kLoopThreads)
   const float first = scale.first, second = static_cast<float>(scale.second);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t across = (layer.tile_cols() + 3) / 4, steps = (row1 - row0 + 1) / 2 * across;
+  const int64_t across = (layer.in / 16 + 3) / 4, steps = (row1 - row0 + 1) / 2 * across;
   int rounds = 0;
   for (int64_t step0 = static_cast<int64_t>(blockIdx.x) * kWarps; step0 < steps;
        step0 += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(kLoopThreads)
     const int64_t row = row0 + step / across * 2 + Wide::row(lane);
     const int64_t col = step % across * 4 + Wide::col(lane);
     if (step < steps) {
-      const int64_t tile = min(row, row1 - 1) * layer.tile_cols() + min(col, layer.tile_cols() - 1);
+      const int64_t tile = min(row, row1 - 1) * (layer.in / 16) + min(col, layer.in / 16 - 1);
       uint32_t words[K + 1];
       load_quarter<K>(layer.codes + tile * (16 * K) + Wide::quarter(lane) * (4 * K), words);
       words[K] = __shfl_sync(0xFFFFFFFFu, words[0], Wide::beyond(lane));
-      if (row < row1 && col < layer.tile_cols()) {
+      if (row < row1 && col < layer.in / 16) {
         const float* at = dw + ((row - row0) * 16 + 4 * Wide::quarter(lane)) * layer.in + col * 16;
 #pragma unroll
         for (int n = 0; n < 32; n += 2) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kLoopThreads)
           const float of[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const uint32_t p = trellis_hash(quarter_state<K>(words, n + i / 2));
+            const uint32_t p = quarter_hash<K>(words, n + i / 2);
             const int32_t term = __float2int_rn(of[i] * first * second);
             const bool negative = p >> (i % 2 ? 31 : 15) & 1;
             sums.add(i % 2 * kPoints + static_cast<int>(p >> 5 & (kPoints - 1)),
@@ -108,7 +108,7 @@ template <int K>
 cudaError_t adjoint(const LayerView& layer, int64_t row0, int64_t row1, const float* dw,
                     const float* largest, void* sums, float* const*, cudaStream_t stream) {
   auto* scratch = static_cast<Scratch*>(sums);
-  const int64_t steps = (row1 - row0 + 1) / 2 * ((layer.tile_cols() + 3) / 4);
+  const int64_t steps = (row1 - row0 + 1) / 2 * ((layer.in / 16 + 3) / 4);
   const unsigned blocks =
       std::min(blocks_for(steps, kWarps), static_cast<unsigned>(4 * processors()));
   if (const cudaError_t error = run(trellis_adjoint_kernel<K>, blocks, kLoopThreads, 0, stream,

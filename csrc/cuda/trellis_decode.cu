@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
        step += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t row = range.row0 + step / across * 2 + Wide::row(lane);
     const int64_t col = range.col0 + step % across * 4 + Wide::col(lane);
-    const int64_t tile = min(row, range.row1 - 1) * layer.tile_cols() + min(col, range.col1 - 1);
+    const int64_t tile = min(row, range.row1 - 1) * (layer.in / 16) + min(col, range.col1 - 1);
     uint32_t words[K + 1];
     load_quarter<K>(layer.codes + tile * (16 * K) + Wide::quarter(lane) * (4 * K), words);
     words[K] = __shfl_sync(0xFFFFFFFFu, words[0], Wide::beyond(lane));
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
       uint32_t out[4 * sizeof(T)];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const uint32_t p = trellis_hash(quarter_state<K>(words, 8 * i + n));
+        const uint32_t p = quarter_hash<K>(words, 8 * i + n);
         table[p >> 5 & (kPoints - 1)].store(p, out + n * sizeof(T) / 2);
       }
 #pragma unroll

@@ -20,10 +20,11 @@ struct Backward {
 
   __device__ static int quarter(int lane) { return lane % 4; }
   __device__ static int beyond(int lane) { return (lane & 28) | ((lane + 1) & 3); }
-  __device__ __forceinline__ static int64_t tile(const LayerView& layer, int group, int step,
-                                                 int lane) {
-    const int64_t cols = layer.tile_cols();
-    return step * cols + min(8 * static_cast<int64_t>(group) + lane / 4, cols - 1);
+  __device__ __forceinline__ static int64_t tile(const LayerView& layer, int group, int lane) {
+    return min(8 * static_cast<int64_t>(group) + lane / 4, layer.in / 16 - 1);
+  }
+  __device__ __forceinline__ static int64_t tiles(const LayerView& layer, int step, int) {
+    return step * (layer.in / 16);
   }
 
   __device__ __forceinline__ static void add(const LayerView& layer, const uint32_t (&words)[K + 1],

@@ -18,21 +18,22 @@ struct Forward : Wide {
   static int64_t groups(const LayerView& layer) { return (layer.tile_rows() + 1) / 2; }
   static int64_t steps(const LayerView& layer) { return (layer.tile_cols() + 3) / 4; }
 
-  __device__ __forceinline__ static int64_t tile(const LayerView& layer, int group, int step,
-                                                 int lane) {
-    const int64_t rows = layer.tile_rows(), cols = layer.tile_cols();
-    const int64_t r = 2 * static_cast<int64_t>(group) + row(lane);
-    const int64_t c = 4 * static_cast<int64_t>(step) + col(lane);
-    return min(r, rows - 1) * cols + min(c, cols - 1);
+  // The lane's tile of a group at step 0, and how many tiles on it is at a later step.
+  __device__ __forceinline__ static int64_t tile(const LayerView& layer, int group, int lane) {
+    const int64_t rows = layer.out / 16, r = 2 * static_cast<int64_t>(group) + row(lane);
+    return min(r, rows - 1) * (layer.in / 16);
+  }
+  __device__ __forceinline__ static int64_t tiles(const LayerView& layer, int step, int lane) {
+    return min(4 * step + col(lane), static_cast<int>(layer.in / 16) - 1);
   }
 
   __device__ __forceinline__ static void add(const LayerView& layer, const uint32_t (&words)[K + 1],
                                              const unsigned char* table, const T* x, int batch,
                                              int step, int lane, float (&sum)[N][2][4]) {
     const int g = lane / 4;
-    const int64_t c = 4 * static_cast<int64_t>(step) + col(lane);
-    const bool inside = c < layer.tile_cols();
-    const T* at = x + g * layer.in + 16 * c;
+    const int c = 4 * step + col(lane);
+    const bool inside = c < static_cast<int>(layer.in / 16);
+    const T* at = x + g * layer.in + 16 * static_cast<int64_t>(c);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][2][4];

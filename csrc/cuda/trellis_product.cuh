@@ -25,7 +25,7 @@ __device__ void fill_table(const LayerView& layer, const Directions& directions,
 template <int K>
 __device__ __forceinline__ uint32_t quarter_pair(const uint32_t (&words)[K + 1], int n,
                                                  const unsigned char* table, uint32_t column) {
-  const uint32_t p = trellis_hash(quarter_state<K>(words, n));
+  const uint32_t p = quarter_hash<K>(words, n);
   const uint32_t at = (p << 2 & (kPoints - 1) << 7) | column;
   return *reinterpret_cast<const uint32_t*>(table + at) ^ (p & kSigns);
 }
@@ -35,12 +35,12 @@ __device__ __forceinline__ uint32_t quarter_pair(const uint32_t (&words)[K + 1],
 struct Cut {
   int groups, steps, splits;
 
-  __host__ __device__ int items() const { return groups * splits; }
-  __device__ __forceinline__ int begin(int item) const {
+  RS_HD int items() const { return groups * splits; }
+  RS_HD int begin(int item) const {
     return static_cast<int>(static_cast<int64_t>(item % splits) * steps / splits);
   }
-  __device__ __forceinline__ int end(int item) const {
-    return static_cast<int>(static_cast<int64_t>(item % splits + 1) * steps / splits);
+  RS_HD int end(int item) const {
+    return static_cast<int>((static_cast<int64_t>(item % splits) + 1) * steps / splits);
   }
 };
 
@@ -57,15 +57,26 @@ inline Cut cut(int64_t groups, int64_t steps, int warps, int64_t blocks) {
   return {static_cast<int>(groups), static_cast<int>(steps), static_cast<int>(best)};
 }
 
-// A warp's place in the product.
-struct Place {
-  int item, step;
+// A warp's way through the product: what it reads next. Divisions only from item to item.
+template <class Side>
+struct Walk {
+  int item, step, end;
+  const uint8_t* codes;  // of the lane's quarter at step 0
 
-  __device__ __forceinline__ void settle(const Cut& cut, int warp) {
-    while (item < cut.items() && step >= cut.end(item)) {
-      item += gridDim.x;
-      step = cut.begin(item) + warp;
+  __device__ __forceinline__ void enter(const LayerView& layer, const Cut& cut, int lane) {
+    for (; item < cut.items(); item += gridDim.x) {
+      step = cut.begin(item) + static_cast<int>(threadIdx.x) / 32;
+      end = cut.end(item);
+      codes = layer.codes + Side::tile(layer, item / cut.splits, lane) * (16 * Side::kBits) +
+              Side::quarter(lane) * (4 * Side::kBits);
+      if (step < end) return;
     }
+  }
+  __device__ __forceinline__ void advance(const LayerView& layer, const Cut& cut, int lane) {
+    step += Side::kWarps;
+    if (step < end) return;
+    item += gridDim.x;
+    enter(layer, cut, lane);
   }
 };
 
@@ -84,22 +95,20 @@ __global__ void __launch_bounds__(32 * Side::kWarps, 1)
   const int batch = static_cast<int>(min(m - batch0, static_cast<int64_t>(Side::kBatch)));
   x += batch0 * Side::from(layer);
 
+  // The quarters that come next, and where they belong; past the end, item is cut.items() or more.
   uint32_t ahead[kAhead][K];
-  const auto fetch = [&](const Place& place, uint32_t* words) {
-    if (place.item < cut.items())
-      load_quarter<K>(layer.codes +
-                          Side::tile(layer, place.item / cut.splits, place.step, lane) * (16 * K) +
-                          Side::quarter(lane) * (4 * K),
-                      words);
+  int ahead_item[kAhead], ahead_step[kAhead];
+  Walk<Side> walk{static_cast<int>(blockIdx.x), 0, 0, nullptr};
+  walk.enter(layer, cut, lane);
+  const auto fetch = [&](int a) {
+    ahead_item[a] = walk.item;
+    ahead_step[a] = walk.step;
+    if (walk.item >= cut.items()) return;
+    load_quarter<K>(walk.codes + Side::tiles(layer, walk.step, lane) * (16 * K), ahead[a]);
+    walk.advance(layer, cut, lane);
   };
-  Place now{static_cast<int>(blockIdx.x), cut.begin(blockIdx.x) + warp};
-  now.settle(cut, warp);
-  Place far = now;
-  for (auto& words : ahead) {
-    fetch(far, words);
-    far.step += kWarps;
-    far.settle(cut, warp);
-  }
+#pragma unroll
+  for (int a = 0; a < kAhead; ++a) fetch(a);
 
   auto& directions = *reinterpret_cast<Directions*>(sums);
   directions.turn(layer);
@@ -110,21 +119,21 @@ __global__ void __launch_bounds__(32 * Side::kWarps, 1)
   int parity = 0;
   for (int item = blockIdx.x; item < cut.items(); item += gridDim.x) {
     float sum[Side::kRounds][2][4] = {};
-    while (now.item == item) {
+    while (ahead_item[0] == item) {
+      const int step = ahead_step[0];
       uint32_t words[K + 1];
 #pragma unroll
-      for (int i = 0; i < K; ++i) {
-        words[i] = ahead[0][i];
+      for (int i = 0; i < K; ++i) words[i] = ahead[0][i];
 #pragma unroll
-        for (int a = 1; a < kAhead; ++a) ahead[a - 1][i] = ahead[a][i];
+      for (int a = 1; a < kAhead; ++a) {
+        ahead_item[a - 1] = ahead_item[a];
+        ahead_step[a - 1] = ahead_step[a];
+#pragma unroll
+        for (int i = 0; i < K; ++i) ahead[a - 1][i] = ahead[a][i];
       }
-      fetch(far, ahead[kAhead - 1]);
-      far.step += kWarps;
-      far.settle(cut, warp);
+      fetch(kAhead - 1);
       words[K] = __shfl_sync(0xFFFFFFFFu, words[0], Side::beyond(lane));
-      Side::add(layer, words, table, x, batch, now.step, lane, sum);
-      now.step += kWarps;
-      now.settle(cut, warp);
+      Side::add(layer, words, table, x, batch, step, lane, sum);
     }
     const int group = item / cut.splits;
     float* part = y + (item % cut.splits * m + batch0) * Side::to(layer);
