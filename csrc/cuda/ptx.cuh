@@ -32,6 +32,20 @@ __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, ui
 #endif
 }
 
+// threadIdx.x % 32 in a block of one dimension. As a remainder the compiler would take it anew,
+// with a mask, wherever it is joined to other bits.
+__device__ __forceinline__ int lane_id() {
+#ifdef __CUDA_ARCH__
+  int lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#elif defined(RS_EMULATED_CUDA)
+  return emulation::lane();
+#else
+  return 0;
+#endif
+}
+
 // x << shift, kept apart from a shift behind it: the compiler would make one shift and one mask of
 // both, which run in one pipe, while this one is a multiplication, in another.
 __device__ __forceinline__ uint32_t multiplied_left(uint32_t x, int shift) {

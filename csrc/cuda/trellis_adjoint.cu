@@ -7,9 +7,10 @@ namespace rs::cuda {
 namespace {
 
 constexpr int kWarps = kLoopThreads / 32, kSums = 2 * kPoints;
-// A term counts in steps of at most 2^-29 of the largest: 31 bits with its sign. A block's sums of
-// the terms' upper 15 bits and of their lower 16 are a word each, which hold this many terms.
-constexpr int64_t kTermBits = 31, kScaleTerms = int64_t{1} << kTermBits;
+// A term counts in steps of at most 2^-29 of the largest: what sum_scale gives for this many terms,
+// and 31 bits with the sign. A block's sums of the terms' upper 15 bits and of their lower 16 are a
+// word each, which holds kBlockTerms of them.
+constexpr int64_t kScaleTerms = int64_t{1} << 31;
 constexpr int kBlockTerms = 1 << 16;
 constexpr int kRoundsPerFlush = kBlockTerms / (32 * kLoopThreads);
 

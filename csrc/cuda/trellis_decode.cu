@@ -81,7 +81,7 @@ cudaError_t decode(const LayerView& layer, TileRange range, void* w, int64_t str
                    cudaStream_t stream) {
   const int64_t steps = (range.row1 - range.row0 + 1) / 2 * ((range.col1 - range.col0 + 3) / 4);
   const auto blocks = static_cast<unsigned>(
-      std::clamp<int64_t>((steps + kWarps - 1) / kWarps, 1, 4 * processors()));
+      std::clamp<int64_t>((steps + kWarps - 1) / kWarps, 1, 8 * processors()));
   return with_type(type, [&](auto t) {
     using T = decltype(t);
     return run(decode_quarters_kernel<K, T>, blocks, kThreads, 0, stream, layer, range,

@@ -11,7 +11,7 @@ template <int K, int N, class T_>
 struct Forward : Wide {
   using T = T_;
   static constexpr int kBits = K, kBatch = 8 * N, kRounds = N;
-  static constexpr int kWarps = N == 8 ? 8 : 16;  // whose registers hold the sums
+  static constexpr int kWarps = N == 8 ? 8 : N == 4 ? 12 : 16;  // whose registers hold the sums
 
   RS_HD static int64_t from(const LayerView& layer) { return layer.in; }
   RS_HD static int64_t to(const LayerView& layer) { return layer.out; }
@@ -79,8 +79,7 @@ int64_t scratch(const LayerView& layer, int64_t m) {
       Type::bfloat16, m, [&](auto side) { return product_scratch<decltype(side)>(layer, m); });
 }
 
-}  // namespace
-
+// A thread owns one output.
 __global__ void __launch_bounds__(256) add_parts_kernel(const float* __restrict__ parts, int splits,
                                                         int64_t count, float* __restrict__ y) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -89,6 +88,8 @@ __global__ void __launch_bounds__(256) add_parts_kernel(const float* __restrict_
   for (int s = 0; s < splits; ++s) sum += parts[s * count + i];
   y[i] = sum;
 }
+
+}  // namespace
 
 cudaError_t add_parts(const float* parts, int splits, int64_t count, float* y,
                       cudaStream_t stream) {

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * Side::kWarps, 1)
   constexpr int K = Side::kBits, kWarps = Side::kWarps, kAhead = 2;
   auto* table = dynamic_shared<unsigned char>();
   auto* sums = reinterpret_cast<float*>(table + kTableBytes);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = lane_id(), warp = threadIdx.x / 32;
   const int64_t batch0 = static_cast<int64_t>(blockIdx.y) * Side::kBatch;
   const int batch = static_cast<int>(min(m - batch0, static_cast<int64_t>(Side::kBatch)));
   x += batch0 * Side::from(layer);
@@ -155,10 +155,7 @@ __global__ void __launch_bounds__(32 * Side::kWarps, 1)
   }
 }
 
-// A thread owns one output: the sum of its parts, in their order.
-__global__ void __launch_bounds__(256) add_parts_kernel(const float* __restrict__ parts, int splits,
-                                                        int64_t count, float* __restrict__ y);
-
+// y = the sum of `splits` parts, in their order.
 cudaError_t add_parts(const float* parts, int splits, int64_t count, float* y, cudaStream_t stream);
 
 template <class Side>
