@@ -189,6 +189,33 @@ def test_hadamard_gives_the_same_bits(block, dtype, monkeypatch):
         assert torch.equal(cuda.ops.hadamard(*cuda.tensors(x), block).cpu(), wanted)
 
 
+@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
+def test_codes_at_any_address_decode_alike(codec):
+    packed = walk.random_layer(codec, (33, 50))
+    (codes, *rest), theirs = arguments(packed)
+    moved = torch.cat((codes.new_zeros(1), codes.flatten()))[1:].view(codes.shape)
+    assert torch.equal(cuda.ops.decode(moved, *rest).cpu(), reference.decode(*theirs))
+
+
+# Sums so long that several blocks share each, which an emulated device of three processors does
+# from 32 steps of a warp on; odd numbers of tiles, of which the last steps hold but a few.
+@pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3, 3.5, 4])
+def test_trellis_products_shared_by_blocks_agree_and_repeat(bits, monkeypatch):
+    codec = REGISTRY["trellis"](bits=bits)
+    for shape, batch, dtype in [((80, 2128), 3, torch.bfloat16), ((560, 48), 17, torch.float16)]:
+        mine, theirs = arguments(walk.random_layer(codec, shape))
+        x, dy = walk.gaussian(batch, shape[1]).to(dtype), walk.gaussian(batch, shape[0]).to(dtype)
+        first = None
+        for _ in cuda.orders(monkeypatch):
+            y = cuda.ops.linear(*cuda.tensors(x), *mine)
+            dx = cuda.ops.linear_grad_input(*cuda.tensors(dy), *mine)
+            first = first or (y, dx)
+            assert torch.equal(y, first[0])
+            assert torch.equal(dx, first[1])
+        assert error(y, reference.linear(x.float(), *theirs)) < PRODUCT
+        assert error(dx, reference.linear_grad_input(dy.float(), *theirs)) < PRODUCT
+
+
 def test_empty_batches_give_empty_products():
     codec = walk.DEFAULTS[0]
     mine, _ = arguments(walk.encoded(codec, (48, 136)))

@@ -33,12 +33,18 @@ DeviceTerms bind_terms(const at::Tensor& codes, at::TensorList params, c10::stri
   for (size_t t = 0; t < all.bound.layers.size(); ++t) {
     const Term& term = (*all.bound.terms)[t];
     const Layer& layer = all.bound.layers[t];
-    DeviceTerm device{&term.row, cuda_row(term), {}, all.bound.shape, codes, {}};
+    DeviceTerm device{&term.row, cuda_row(term), {}, all.bound.shape, codes, {}, {}};
     TORCH_CHECK_NOT_IMPLEMENTED(device.cuda.decode, codec, ": ", term.row.name,
                                 " has no CUDA kernels yet");
     device.layer = {layer.out, layer.in, layer.tile, layer.codes, {}, nullptr};
     TORCH_INTERNAL_ASSERT(layer.params.size() <= kMostParams);
     std::copy(layer.params.begin(), layer.params.end(), device.layer.params);
+    if (reinterpret_cast<uintptr_t>(layer.codes) % kCodesAlignment) {  // a view into other bytes
+      const int64_t bytes = layer.tile_rows() * layer.tile_cols() * layer.tile.bytes;
+      device.aligned =
+          at::from_blob(const_cast<uint8_t*>(layer.codes), {bytes}, codes.options()).clone();
+      device.layer.codes = device.aligned.const_data_ptr<uint8_t>();
+    }
     if (device.cuda.table_bytes && shape[0] && shape[1]) {
       device.tables = at::empty({device.cuda.table_bytes}, codes.options());
       device.layer.tables = device.tables.mutable_data_ptr();

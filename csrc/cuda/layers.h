@@ -13,7 +13,9 @@ struct DeviceTerm {
   CudaRow cuda;
   LayerView layer;
   Shape shape;
-  at::Tensor codes, tables;  // kept alive; tables is empty where the codec needs none
+  // Kept alive: tables is empty where the codec needs none, and aligned, a copy of the codes, where
+  // they are aligned as they come.
+  at::Tensor codes, tables, aligned;
 
   at::TensorOptions floats() const { return codes.options().dtype(at::kFloat); }
   const float* param(int index) const { return index < 0 ? nullptr : layer.params[index]; }

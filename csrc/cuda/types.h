@@ -13,6 +13,7 @@ namespace rs::cuda {
 enum class Type { float32, float16, bfloat16 };
 
 constexpr int kMostParams = 4;
+constexpr int kCodesAlignment = 16;  // bytes, of a layer's first tile
 
 // rs::Layer as kernels take it, by value. `tables` is what the row's `prepare` wrote.
 struct LayerView {

@@ -1,0 +1,20 @@
+// The fast slots of trellis, each in a file of its own. `k` is its new bits per state, 3 to 8.
+#pragma once
+
+#include "row.h"
+
+namespace rs::cuda {
+
+void trellis_linear_slots(CudaRow& row, int k);
+void trellis_grad_input_slots(CudaRow& row, int k);
+void trellis_decode_slots(CudaRow& row, int k);
+void trellis_adjoint_slots(CudaRow& row, int k);
+
+// Calls visit.template operator()<K>() for k.
+template <int K = 3, class Visit>
+void with_trellis_bits(int k, Visit&& visit) {
+  if (k == K) return visit.template operator()<K>();
+  if constexpr (K < 8) with_trellis_bits<K + 1>(k, visit);
+}
+
+}  // namespace rs::cuda
