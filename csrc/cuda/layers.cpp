@@ -13,6 +13,17 @@ CudaRow cuda_row(const Term& term) {
   return {};
 }
 
+namespace {
+
+bool has_product_memory(const at::Tensor& like) {
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        std::max<int>(0, like.get_device())));
+  return bytes >= kProductShared;
+}
+
+}  // namespace
+
 int64_t DeviceTerm::unit() const { return std::lcm(row->tile.rows, row->out_block); }
 
 int64_t DeviceTerm::slice_rows(int64_t weights) const {
@@ -36,6 +47,8 @@ DeviceTerms bind_terms(const at::Tensor& codes, at::TensorList params, c10::stri
     DeviceTerm device{&term.row, cuda_row(term), {}, all.bound.shape, codes, {}, {}};
     TORCH_CHECK_NOT_IMPLEMENTED(device.cuda.decode, codec, ": ", term.row.name,
                                 " has no CUDA kernels yet");
+    if (!device.cuda.takes_float && !has_product_memory(codes))
+      device.cuda.linear = device.cuda.grad_input = nullptr;
     device.layer = {layer.out, layer.in, layer.tile, layer.codes, {}, nullptr};
     TORCH_INTERNAL_ASSERT(layer.params.size() <= kMostParams);
     std::copy(layer.params.begin(), layer.params.end(), device.layer.params);

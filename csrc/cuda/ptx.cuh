@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "grid.cuh"
 
@@ -125,8 +124,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(Bytes)
                  : "memory");
-#else
-  std::memcpy(shared, global, Bytes);
+#elif defined(RS_EMULATED_CUDA)
+  emulation::start_copy(shared, global, Bytes);
 #endif
 }
 
@@ -134,12 +133,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(RS_EMULATED_CUDA)
+  emulation::commit_copies();
 #endif
 }
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#elif defined(RS_EMULATED_CUDA)
+  emulation::wait_copies(Pending);
 #endif
 }
 

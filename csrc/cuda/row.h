@@ -7,6 +7,10 @@
 
 namespace rs::cuda {
 
+// Shared memory of a block that `linear` and `grad_input` may ask for: what sm_80 has. On a device
+// with less, products go through decoded slices.
+constexpr int kProductShared = 163 << 10;
+
 struct CudaRow {
   // Bytes of `LayerView::tables`, and what fills them; 0 for codecs that decode from params alone.
   int64_t table_bytes = 0;

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "ptx.cuh"
+#include "row.h"
 
 namespace rs::cuda {
 
@@ -44,7 +45,7 @@ struct Plan {
     return kCodesBytes + kScalesBytes + kDepths * static_cast<int>(m) * kXPitch;
   }
   static constexpr int kBlocks = Columns <= 2 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kMost = 163 * 1024;              // of an sm_80 block; sm_90 has 227
+  static constexpr int kMost = kProductShared;
   static constexpr int kRoom = std::min(226 * 1024 / kBlocks - 1024, kMost) - Codec::kTableBytes;
   static constexpr int kStages =
       std::clamp(kRoom / stage_bytes(RowWarps == 1 ? 2 : 8 * Columns), 2, 4);

@@ -16,7 +16,6 @@ constexpr int kRoundsPerFlush = kBlockTerms / (32 * kLoopThreads);
 
 // The sums and their fold are the same for every K.
 using Code = Trellis<4>;
-using Scratch = SumScratch<Code>;
 
 struct BlockSums {
   uint32_t low[kSums];
@@ -108,28 +107,25 @@ __global__ void __launch_bounds__(128)
 template <int K>
 cudaError_t adjoint(const LayerView& layer, int64_t row0, int64_t row1, const float* dw,
                     const float* largest, void* sums, float* const*, cudaStream_t stream) {
-  auto* scratch = static_cast<Scratch*>(sums);
   const int64_t steps = (row1 - row0 + 1) / 2 * ((layer.in / 16 + 3) / 4);
   const unsigned blocks =
       std::min(blocks_for(steps, kWarps), static_cast<unsigned>(4 * processors()));
   if (const cudaError_t error = run(trellis_adjoint_kernel<K>, blocks, kLoopThreads, 0, stream,
-                                    layer, row0, row1, dw, largest, scratch->call);
+                                    layer, row0, row1, dw, largest, static_cast<Sum*>(sums));
       error != cudaSuccess)
     return error;
-  return run(collect_sums_kernel<Code>, blocks_for(kSums, kLoopThreads), kLoopThreads, 0, stream,
-             largest, kScaleTerms, scratch);
+  return collect_sums<Code>(largest, kScaleTerms, kSums, sums, stream);
 }
 
 cudaError_t finish(const LayerView& layer, const void* sums, float* const* grads,
                    cudaStream_t stream) {
-  return run(trellis_fold_kernel, 1, 128, 0, stream, layer, static_cast<const Scratch*>(sums)->all,
-             grads_of(grads));
+  return run(trellis_fold_kernel, 1, 128, 0, stream, layer, all_sums(sums, kSums), grads_of(grads));
 }
 
 }  // namespace
 
 void trellis_adjoint_slots(CudaRow& row, int k) {
-  row.sum_bytes = sizeof(Scratch);
+  row.sum_bytes = sum_bytes(kSums);
   row.finish = finish;
   with_trellis_bits(k, [&]<int K> { row.adjoint = adjoint<K>; });
 }

@@ -56,11 +56,11 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid value";
 }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// Few, so that small matrices fill more than one wave.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 3, cudaSuccess;
+// Few processors, so that small matrices fill more than one wave; the shared memory of sm_90.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrMultiProcessorCount ? 3 : 227 * 1024, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   return std::memset(data, value, bytes), cudaSuccess;
@@ -90,6 +90,11 @@ const T* exchange(const T& mine, unsigned mask = 0xFFFFFFFFu) {
   warp_barrier(mask);
   return all;
 }
+
+// Copies of a thread that run beside it: done as late as a wait for their group allows.
+void start_copy(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_copies(size_t pending);
 
 }  // namespace emulation
 

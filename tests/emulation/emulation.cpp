@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -19,12 +20,20 @@ constexpr size_t kLargest = 256;  // bytes a lane brings to a collective
 
 enum class State { ready, block, warp, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   State state;
   unsigned mask;
   int collectives;
+  std::vector<Copy> open;  // copies of no group yet
+  std::deque<std::vector<Copy>> groups;
   dim3 index;
 };
 
@@ -122,6 +131,8 @@ void run_block(dim3 block) {
     fiber.context.uc_link = nullptr;
     fiber.state = State::ready;
     fiber.collectives = 0;
+    fiber.open.clear();
+    fiber.groups.clear();
     const auto n = static_cast<unsigned>(i);
     fiber.index = {n % block.x, n / block.x % block.y, n / block.x / block.y};
     makecontext(&fiber.context, enter, 0);
@@ -168,6 +179,21 @@ void warp_barrier(unsigned mask) {
   wait(State::warp);
 }
 int lane() { return machine.current % 32; }
+
+void start_copy(void* to, const void* from, int bytes) {
+  machine.fibers[machine.current].open.push_back({to, from, bytes});
+}
+void commit_copies() {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+void wait_copies(size_t pending) {
+  auto& groups = machine.fibers[machine.current].groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const Copy& copy : groups.front())
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+}
 
 unsigned char* exchange_buffer(size_t bytes) {
   if (bytes > kLargest) {
