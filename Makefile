@@ -109,23 +109,27 @@ build/cuda/%.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h
 
 # The same kernels and their bindings as C++, with the threads of a block as fibers, and their tests.
 EMULATED := build/emulated
-EMULATED_FLAGS = -std=c++20 -O1 -g0 -fPIC -fopenmp -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-sign-compare -Itests/emulation \
-  -DRS_CUDA_LIBRARY=reality_stone_emulated,CPU $(shell $(PY) -c 'from torch.utils.cpp_extension import include_paths as p; \
-  import torch; print(*("-isystem" + d for d in p()), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")')
 EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp) tests/emulation/emulation.cpp
 EMULATED_OBJECTS := $(EMULATED_SOURCES:%=$(EMULATED)/%.o)
+EMULATED_FLAGS := -std=c++20 -O1 -g0 -fPIC -fopenmp -ffp-contract=off -Wall -Wno-unknown-pragmas \
+  -Wno-sign-compare -Itests/emulation -DRS_CUDA_LIBRARY=reality_stone_emulated,CPU
+# Asked of torch once, and only here.
+TORCH_FLAGS = $(eval TORCH_FLAGS := $(shell $(PY) -c 'from torch.utils import cpp_extension as c; \
+  print(*("-isystem" + d for d in c.include_paths()))'))$(TORCH_FLAGS)
+TORCH_LIBRARIES = $(eval TORCH_LIBRARIES := $(shell $(PY) -c 'from torch.utils import cpp_extension as c; \
+  print(*("-L" + d for d in c.library_paths()))') -lc10 -ltorch -ltorch_cpu)$(TORCH_LIBRARIES)
 
 emulated: $(EMULATED)/cuda.so
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) tests/test_cuda*.py $(PYTEST)
 
+# With what the CPU's library is made of, but for the registration of its ops.
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
-	@$(CXX) -shared -o $@ $^ $$(find build/temp.* -name '*.o' -not -name library.o -not -name python.o -not -path '*/cuda/*') \
-	  -fopenmp $$($(PY) -c 'from torch.utils.cpp_extension import library_paths as p; print(*("-L" + d for d in p()))') \
-	  -lc10 -ltorch -ltorch_cpu
+	@$(CXX) -shared -fopenmp -o $@ $^ $$(find build/temp.* -name '*.o' -not -name library.o \
+	  -not -name python.o -not -path '*/cuda/*') $(TORCH_LIBRARIES)
 
 $(EMULATED)/%.o: % $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*.cuh tests/emulation/*.h) | $(BUILT)
 	@mkdir -p $(@D)
-	@$(CXX) -x c++ $(EMULATED_FLAGS) -c $< -o $@
+	@$(CXX) -x c++ $(EMULATED_FLAGS) $(TORCH_FLAGS) -c $< -o $@
 	@echo "emulated $<"
 
 check-nvcc:

@@ -59,7 +59,8 @@ def tolerance(codec):
     return INT8_PRODUCT if term["linear"].startswith("int8") else PRODUCT
 
 
-@pytest.mark.parametrize("batch", [1, 5, 8, 9, 33, 64, 70])
+# Batches on either side of what a kernel takes at once; orders of threads at the cheaper ones.
+@pytest.mark.parametrize("batch", [1, 9, 64, 70])
 @pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
 def test_products_and_input_gradients_agree(codec, batch, monkeypatch):
     for shape, dtype in [
@@ -70,7 +71,7 @@ def test_products_and_input_gradients_agree(codec, batch, monkeypatch):
         mine, theirs = arguments(walk.encoded(codec, shape))
         w = reference.decode(*theirs)
         x, dy = walk.gaussian(batch, shape[1]).to(dtype), walk.gaussian(batch, shape[0]).to(dtype)
-        for order in cuda.orders(monkeypatch):
+        for order in cuda.orders(monkeypatch) if batch < 10 else [None]:
             y = cuda.ops.linear(*cuda.tensors(x), *mine)
             dx = cuda.ops.linear_grad_input(*cuda.tensors(dy), *mine)
             assert y.dtype == dx.dtype == dtype
