@@ -95,7 +95,7 @@ def test_the_blocks_of_every_kind_are_a_chain(kind):
 
 def test_calibration_brings_the_output_nearer_to_that_of_the_dense_model(kind):
     tokens, errors = ids(64, 20), {}
-    fresh = ids(80, 20)[64:]
+    fresh = ids(144, 20)[64:]  # routing jumps: a mixture's error on few windows is mostly chance
     want = output(build(kind), fresh)
     for data in (tokens, None):
         model = build(kind)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/clones.h"
 #include "../cpu/fast.h"
@@ -74,6 +75,57 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
   }
 }
 
+// The codes of a group as numbers, eight at a time from the Bits bytes that they are.
+template <int Bits>
+void unpack(const uint8_t* tile, int64_t n, float* codes) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8, tile += Bits) {
+    uint64_t word = 0;
+    std::memcpy(&word, tile, Bits);
+    for (int k = 0; k < 8; ++k)
+      codes[j + k] = static_cast<float>(static_cast<int>(word >> (Bits * k)) & ((1 << Bits) - 1));
+  }
+  for (int64_t k = 0; j < n; ++j, ++k)
+    codes[j] = static_cast<float>(read_bits<Bits>(tile, k * Bits));
+}
+
+struct GroupSums {
+  float level = 0, all = 0;
+};
+
+// Of (code - zero) * dw and of dw, in lanes: one order on every instruction set.
+RS_CLONES void sum_group(const float* codes, const float* dw, int64_t n, float zero,
+                         GroupSums* sums) {
+  float level[kUniformLanes] = {}, all[kUniformLanes] = {};
+  int64_t i = 0;
+  for (; i + kUniformLanes <= n; i += kUniformLanes)
+    for (int64_t j = 0; j < kUniformLanes; ++j) {
+      level[j] += (codes[i + j] - zero) * dw[i + j];
+      all[j] += dw[i + j];
+    }
+  for (int64_t j = 0; i < n; ++i, ++j) level[j] += (codes[i] - zero) * dw[i], all[j] += dw[i];
+  *sums = {};
+  for (int j = 0; j < kUniformLanes; ++j) sums->level += level[j], sums->all += all[j];
+}
+
+// adjoint_loop for whole groups at a time.
+template <int Bits, bool Symmetric>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  using Codec = Uniform<Bits, Symmetric>;
+  const typename Codec::Tables tables(layer);
+  const int64_t n = layer.tile.cols;
+  std::vector<float> codes(static_cast<size_t>(n));
+  for (int64_t t = row0 * tables.groups; t < row1 * tables.groups; ++t, dw += n) {
+    unpack<Bits>(layer.codes + t * layer.tile.bytes, n, codes.data());
+    GroupSums sums;
+    sum_group(codes.data(), dw, n, Symmetric ? Codec::kHalf : tables.zero[t], &sums);
+    if (grads[Codec::kScale]) grads[Codec::kScale][t] += sums.level;
+    if constexpr (!Symmetric) {
+      if (grads[Codec::kZero]) grads[Codec::kZero][t] -= tables.scale[t] * sums.all;
+    }
+  }
+}
+
 void check_padding(const Layer& layer, int64_t tile, int bits) {
   const int64_t used = layer.tile.cols * bits % 8;
   const uint8_t* bytes = layer.codes + tile * layer.tile.bytes;
@@ -85,7 +137,7 @@ template <int Bits, bool Symmetric>
 void fill(Row& row, int64_t group, Isa isa) {
   using Codec = Uniform<Bits, Symmetric>;
   row.decode = decode_loop<Codec>;
-  row.adjoint = adjoint_loop<Codec>;
+  row.adjoint = adjoint<Bits, Symmetric>;
   row.encode = encode<Bits, Symmetric>;
   row.check = [](const Layer& layer, int64_t tile) { check_padding(layer, tile, Bits); };
   uniform_fast_slots(row, Bits, Symmetric, group, isa);
