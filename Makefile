@@ -123,9 +123,15 @@ emulated: $(EMULATED)/cuda.so
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(MAX_JOBS) tests/test_cuda*.py $(PYTEST)
 
 # With what the CPU's library is made of, but for the registration of its ops.
-$(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
-	@$(CXX) -shared -fopenmp -o $@ $^ $$(find build/temp.* -name '*.o' -not -name library.o \
-	  -not -name python.o -not -path '*/cuda/*') $(TORCH_LIBRARIES)
+$(EMULATED)/cuda.so: $(EMULATED_OBJECTS) $(EMULATED)/.host
+	@$(CXX) -shared -fopenmp -o $@ $(EMULATED_OBJECTS) $$(find $(EMULATED)/host -name '*.o' -not -name library.o \
+	  -not -name python.o -not -path '*/csrc/cuda/*') $(TORCH_LIBRARIES)
+
+$(EMULATED)/.host: $(SOURCES) | $(BUILT)
+	@mkdir -p $(@D)
+	@$(PY) setup.py --quiet build_ext --force --build-temp $(EMULATED)/host --build-lib $(EMULATED)/lib \
+	  > $(EMULATED)/host.log 2>&1 || { cat $(EMULATED)/host.log; exit 1; }
+	@touch $@
 
 $(EMULATED)/%.o: % $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*.cuh tests/emulation/*.h) | $(BUILT)
 	@mkdir -p $(@D)
