@@ -10,7 +10,7 @@ to stay within 3e-3.
 from __future__ import annotations
 
 import torch
-from common import every, parser, save
+from common import every, parse_with_device, parser, save
 
 from reality_stone import bench, cli, ops, show
 from reality_stone.codecs import Codec
@@ -51,12 +51,7 @@ def main() -> None:
     options.add_argument("--codecs", type=cli.configured, help="default: all, at all rates")
     options.add_argument("--shape", type=cli.shapes, default=[(1024, 4096)], metavar="OUTxIN")
     options.add_argument("--batches", type=cli.counts, default=[1, 8, 128])
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = options.parse_args()
-    try:
-        bench.check_device(args.device)
-    except ValueError as error:
-        options.exit(1, f"{error}\n")
+    args = parse_with_device(options)
     columns = [f"{what}_{mode}" for what in ("forward", "input") for mode in MODES]
     codecs = args.codecs or every()
     rows = [

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reality_stone import cli, codec
+from reality_stone import bench, cli, codec
 from reality_stone.codecs import REGISTRY, Codec
 from reality_stone.compare import settings
 from reality_stone.report.machine import machine
@@ -34,6 +34,17 @@ def parser(doc: str) -> argparse.ArgumentParser:
     found.add_argument("--json", type=Path, metavar="FILE")
     found.add_argument("--plot", metavar="FILE", help="PNG, SVG or PDF")
     return found
+
+
+def parse_with_device(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, --device among them; ends with one sentence where there is no such device."""
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = options.parse_args()
+    try:
+        bench.check_device(args.device)
+    except ValueError as error:
+        options.exit(1, f"{error}\n")
+    return args
 
 
 def add_codecs(options: argparse.ArgumentParser) -> None:

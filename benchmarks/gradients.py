@@ -10,9 +10,9 @@ times the product.
 from __future__ import annotations
 
 import torch
-from common import add_codecs, chosen, parser, save
+from common import add_codecs, chosen, parse_with_device, parser, save
 
-from reality_stone import bench, cli, ops, show
+from reality_stone import cli, ops, show
 from reality_stone.bench import contenders, timing
 from reality_stone.draw import Bar, draw_bars
 from reality_stone.packed import Packed
@@ -72,12 +72,7 @@ def main() -> None:
     add_codecs(options)
     options.add_argument("--shape", type=cli.shapes, default=[(4096, 4096)], metavar="OUTxIN")
     options.add_argument("--batches", type=cli.counts, default=[8, 128, 512])
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = options.parse_args()
-    try:
-        bench.check_device(args.device)
-    except ValueError as error:
-        options.exit(1, f"{error}\n")
+    args = parse_with_device(options)
     rows = []
     for shape in args.shape:
         for batch in args.batches:

@@ -11,7 +11,7 @@ are installed; one that is missing or fails is printed as such.
 from __future__ import annotations
 
 import torch
-from common import add_codecs, chosen, parser, save
+from common import add_codecs, chosen, parse_with_device, parser, save
 
 from reality_stone import bench, cli, show
 from reality_stone.draw import draw_benchmark
@@ -27,15 +27,10 @@ def main() -> None:
     options.add_argument("--batches", type=cli.counts, help="default 1,8,128,512; backward 128,512")
     options.add_argument("--backward", nargs="*", choices=("none", "input", "all"),
                          default=list(BATCHES), help="default none input")  # fmt: skip
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--no-peers", action="store_true")
     options.add_argument("--turns", type=int, default=11)
     options.add_argument("--limit", type=float, default=12.0, help="seconds a shape and batch")
-    args = options.parse_args()
-    try:
-        bench.check_device(args.device)
-    except ValueError as error:
-        options.exit(1, f"{error}\n")
+    args = parse_with_device(options)
     peers = () if args.no_peers else bench.PEERS
     found = []
     for backward in args.backward:
