@@ -5,6 +5,7 @@ kernels: it needs no C++ compiler and changes no arithmetic, so results are comp
 """
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -254,6 +255,19 @@ def test_an_exported_layer_takes_any_batch_and_travels_as_a_file(codec, strict):
         want = layer(x).detach()
         assert walk.same_bits(program.module()(x).detach(), want)
         assert walk.same_bits(loaded(x).detach(), want)
+
+
+@pytest.mark.parametrize("recoded", [False, True], ids=["made", "recoded"])
+def test_a_layer_is_exported_before_anything_has_asked_for_its_codec_as_text(recoded):
+    packed = walk.encoded(rs.codec("uniform"), (48, 64))
+    packed = dataclasses.replace(packed, codec=rs.codec("uniform"))  # equal, and never yet used
+    assert "spec" not in vars(packed.codec)
+    layer = layer_of("palette", bias=False) if recoded else RBELinear.from_packed(packed)
+    if recoded:
+        layer.recode(packed)
+    x = walk.gaussian(5, 64)
+    program = torch.export.export(layer, (x,), strict=True)
+    assert walk.same_bits(program.module()(x).detach(), layer(x).detach())
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "traced"])

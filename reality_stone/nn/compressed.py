@@ -39,7 +39,8 @@ class Compressed(nn.Module):
 
     def __init__(self, codec: Codec, shape: tuple[int, int], device: Any = None):
         super().__init__()
-        self.codec, self.shape = codec, shape
+        self.shape = shape
+        self._follow(codec)
         tile = codec.tile(shape)
         size = (*tile.grid(shape), tile.bytes)
         self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
@@ -47,6 +48,13 @@ class Compressed(nn.Module):
         for spec in codec.params(shape):
             kind = torch.uint8 if spec.codes else torch.float32
             self._own(spec.name, torch.empty(spec.sizes, dtype=kind, device=device))
+
+    def _follow(self, codec: Codec) -> None:
+        """Read codes as this codec does from now on."""
+        self.codec = codec
+        # Before a trace meets it: Python 3.11 makes a cached property under a lock, which
+        # torch.export(strict=True) cannot enter.
+        _ = codec.spec
 
     def _own(self, name: str, value: Tensor) -> None:
         """Register one of the codec's params, a buffer where it is codes."""
@@ -141,7 +149,8 @@ class Compressed(nn.Module):
         common = {*self.codec.common, *packed.codec.common}
         for name in self._names:
             delattr(self, name)
-        self.codec, self._names = packed.codec, []
+        self._follow(packed.codec)
+        self._names = []
         self.codes = ops.huge_pages(packed.codes.to(device, copy=True))
         for name, value in packed.params.items():
             kind = dtype if value.is_floating_point() else value.dtype
