@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "../cpu/clones.h"
+#include "../cpu/dots.h"
 #include "../cpu/parallel.h"
 
 namespace rs {
@@ -21,8 +22,6 @@ const SeedPattern& SeedPattern::get() {
 }
 
 namespace {
-
-constexpr int64_t kLanes = 16;
 
 using Doubles = double __attribute__((vector_size(64)));
 using Words = uint64_t __attribute__((vector_size(64)));
@@ -119,17 +118,6 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
   grads[0][0] += static_cast<float>(total);
 }
 
-RS_CLONES float dot(const float* a, const float* b, int64_t n) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (; i < n; ++i) lanes[i % kLanes] += a[i] * b[i];
-  for (int64_t half = kLanes / 2; half; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-
 // Each row of a block sees x through the same row of the pattern: those products are taken once,
 // [i][tile] for every i, and a block then costs one multiply-add a row.
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
@@ -138,16 +126,14 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   std::vector<float> seen(static_cast<size_t>(m * side * n));
   parallel_for(m * side, 1, [&](int64_t begin, int64_t end) {
     for (int64_t bi = begin; bi < end; ++bi)
-      for (int64_t t = 0; t < n; ++t)
-        seen[bi * n + t] = dot(pattern.row(bi % side), x + bi / side * layer.in + t * side, side);
+      dots(x + bi / side * layer.in, n, pattern.row(bi % side), 1, side, seen.data() + bi * n, n);
   });
   parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
     std::vector<float> p(static_cast<size_t>(n));
     for (int64_t r = row0; r < row1; r += side) {
       seed_factors(layer.codes + r / side * n * 8, n, layer.params[0][0], p.data());
       for (int64_t b = 0; b < m; ++b)
-        for (int64_t i = 0; i < side; ++i)
-          y[b * layer.out + r + i] = dot(p.data(), seen.data() + (b * side + i) * n, n);
+        dots(seen.data() + b * side * n, side, p.data(), 1, n, y + b * layer.out + r, side);
     }
   });
 }

@@ -7,3 +7,6 @@
 #else
 #define RS_CLONES
 #endif
+
+// Inlined into its clones: templates have none of their own.
+#define RS_FLAT __attribute__((always_inline)) inline

@@ -11,6 +11,7 @@
 #include "../bind.h"
 #include "../codecs/trellis.h"
 #include "clones.h"
+#include "dots.h"
 #include "frame.h"
 #include "half.h"
 #include "isa.h"
@@ -139,18 +140,6 @@ at::ScalarType panel_type() { return bf16_panels() ? at::kBFloat16 : at::kFloat;
 // Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
 constexpr int64_t kRowProduct = 8;
 
-RS_CLONES float dot(const float* a, const float* b, int64_t n) {
-  constexpr int64_t kLanes = 64;  // partial sums in a fixed order, whatever the vector width
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (; i < n; ++i) lanes[i % kLanes] += a[i] * b[i];
-  for (int64_t half = kLanes / 2; half; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-
 // y[m * out] = x[m * in] @ T^T in float32. Rows are decoded a few at a time: they stay in the
 // second-level cache, and a codec builds its tables once for all of them.
 void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
@@ -160,9 +149,7 @@ void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, 
     for (int64_t r = begin; r < end; r += chunk) {
       const int64_t rows = std::min(chunk, end - r);
       row.decode(layer, r, r + rows, w.data());
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t b = 0; b < m; ++b)
-          y[b * layer.out + r + i] = dot(w.data() + i * in, x + b * in, in);
+      dots(w.data(), rows, x, m, in, y + r, layer.out);
     }
   });
 }

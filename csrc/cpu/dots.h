@@ -1,0 +1,13 @@
+// Dot products of a few rows of float32 weights with a few rows of activations.
+#pragma once
+
+#include <cstdint>
+
+namespace rs {
+
+// y[b * stride + i] = sum over j of w[i * n + j] * x[b * n + j], i < rows, b < m. Sums are made in
+// a fixed order, whatever the instruction set, rows and m.
+void dots(const float* w, int64_t rows, const float* x, int64_t m, int64_t n, float* y,
+          int64_t stride);
+
+}  // namespace rs
