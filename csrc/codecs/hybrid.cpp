@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../cpu/clones.h"
+#include "../cpu/integers.h"
 #include "../cpu/parallel.h"
 
 namespace rs {
@@ -176,88 +177,119 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
 
 // --- linear ---
 
-// Sums here are float64: of a block's terms some rows see little, and cancelled ones would keep
-// the roundings of all. What a block of x looks like to every tile below it:
-// wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j].
-RS_CLONES void see(const HybridTables& tables, const float* x, double* wave, double* smooth) {
+// In the frequency domain: each block of x is transformed once, a tile then costs one multiply-add
+// for each of its terms, and a row of tiles is transformed back once. Eight rows of x lie side by
+// side and cost about as much as one. Sums here are float64: of a block's terms some rows see
+// little, and cancelled ones would keep the roundings of all.
+
+constexpr int kEight = 8;
+using Doubles = double __attribute__((vector_size(8 * kEight)));
+
+// What one block of x, or eight side by side, look like to every tile below them:
+// wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j], `lanes` of each.
+RS_CLONES void see(const HybridTables& tables, int64_t lanes, const double* x, double* seen) {
   const int64_t side = tables.side;
+  const auto* eight = reinterpret_cast<const Doubles*>(x);
   for (int64_t row = 0; row < side + kSmooth * side; ++row) {
     const float* a =
         row < side ? tables.cosine.get() + row * side : tables.smooth.get() + (row - side) * side;
-    double lanes[8] = {};
-    for (int64_t j = 0; j < side; j += 8)
-      for (int64_t lane = 0; lane < 8; ++lane)
-        lanes[lane] += static_cast<double>(a[j + lane]) * x[j + lane];
-    (row < side ? wave[row] : smooth[row - side]) =
-        ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-        ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    Doubles sum = {}, other = {};
+    if (lanes == kEight) {
+      for (int64_t j = 0; j < side; j += 2) {
+        sum += static_cast<double>(a[j]) * eight[j];
+        other += static_cast<double>(a[j + 1]) * eight[j + 1];
+      }
+      reinterpret_cast<Doubles*>(seen)[row] = sum + other;
+      continue;
+    }
+    for (int64_t j = 0; j < side / kEight; ++j)
+      for (int lane = 0; lane < kEight; ++lane)
+        sum[lane] += static_cast<double>(a[j * kEight + lane]) * x[j * kEight + lane];
+    seen[row] = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
   }
 }
 
 // Adds a tile's smooth part to y and its terms to sums by frequency, of which there are four in
-// turns so that neighbours do not wait for each other.
-RS_CLONES void meet(const Unpacked& tile, int64_t side, int shift, const double* wave,
-                    const double* smooth, double* y, double* sums) {
+// turns so that neighbours do not wait for each other. T: a double or eight.
+template <class T>
+RS_FLAT void meet_lanes(const Unpacked& tile, int64_t side, const double* seen, double* sums,
+                        double* y) {
   const float* c = tile.coefficient.data();
+  const auto *wave = reinterpret_cast<const T*>(seen), *smooth = wave + side;
+  auto *total = reinterpret_cast<T*>(y), *frequency = reinterpret_cast<T*>(sums);
   for (int64_t i = 0; i < side; ++i) {
-    double sum = 0;
-    for (int64_t k = 0; k < kSmooth; ++k) sum += c[k] * smooth[k * side + i];
-    y[i] += sum;
+    T sum = {};
+    for (int64_t k = 0; k < kSmooth; ++k) sum += static_cast<double>(c[k]) * smooth[k * side + i];
+    total[i] += sum;
   }
-  const int64_t terms = tile.terms;
+  const int64_t terms = tile.terms, low = side - 1;
+  const int shift = std::countr_zero(static_cast<uint64_t>(side));
   const uint16_t* position = tile.position.data();
   const float* value = tile.value.data();
-  const int64_t low = side - 1;
   for (int64_t e = 0; e < terms; ++e)
-    sums[(e & 3) * side + ((position[e] >> shift) & low)] += value[e] * wave[position[e] & low];
+    frequency[(e & 3) * side + ((position[e] >> shift) & low)] +=
+        static_cast<double>(value[e]) * wave[position[e] & low];
 }
 
-RS_CLONES void add_transform(const HybridTables& tables, const double* sums, double* y) {
+template <class T>
+RS_FLAT void add_lanes(const HybridTables& tables, const double* sums, double* y) {
   const int64_t side = tables.side;
+  const auto* at = reinterpret_cast<const T*>(sums);
+  auto* total = reinterpret_cast<T*>(y);
   for (int64_t u = 0; u < side; ++u) {
-    const double sum = (sums[u] + sums[side + u]) + (sums[2 * side + u] + sums[3 * side + u]);
+    const T sum = (at[u] + at[side + u]) + (at[2 * side + u] + at[3 * side + u]);
     const float* wave = tables.cosine.get() + u * side;
-    for (int64_t i = 0; i < side; ++i) y[i] += sum * wave[i];
+    for (int64_t i = 0; i < side; ++i) total[i] += sum * static_cast<double>(wave[i]);
   }
 }
 
-// In the frequency domain: each block of x is transformed once, a tile then costs one multiply-add
-// for each of its terms, and a row of tiles is transformed back once.
-void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+RS_CLONES void meet(const Unpacked& tile, int64_t side, int64_t lanes, const double* seen,
+                    double* sums, double* y) {
+  lanes == 1 ? meet_lanes<double>(tile, side, seen, sums, y)
+             : meet_lanes<Doubles>(tile, side, seen, sums, y);
+}
+RS_CLONES void add_transform(const HybridTables& tables, int64_t lanes, const double* sums,
+                             double* y) {
+  lanes == 1 ? add_lanes<double>(tables, sums, y) : add_lanes<Doubles>(tables, sums, y);
+}
+
+// m rows of x, at most `lanes`.
+void lanes_linear(const Layer& layer, const float* x, int64_t m, float* y, int64_t lanes) {
   const int64_t side = layer.tile.rows, n = layer.tile_cols(), terms = terms_of(layer);
-  const int64_t own = side + kSmooth * side;  // of a block of x
-  const int shift = std::countr_zero(static_cast<uint64_t>(side));
+  const int64_t own = (side + kSmooth * side) * lanes;  // of a block of x
   const HybridTables& tables = HybridTables::get(side);
-  std::vector<double> seen(static_cast<size_t>(m * n * own));
-  parallel_for(m * n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) {
-      double* to = seen.data() + at * own;
-      see(tables, x + at / n * layer.in + at % n * side, to, to + side);
+  const Lines<double> seen(n * own);
+  parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+    const Lines<double> columns(side * lanes);
+    for (int64_t tc = begin; tc < end; ++tc) {
+      for (int64_t b = 0; b < m; ++b)
+        for (int64_t j = 0; j < side; ++j) columns[j * lanes + b] = x[b * layer.in + tc * side + j];
+      see(tables, lanes, columns.get(), seen.get() + tc * own);
     }
   });
   parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
     Unpacked tile(terms);
-    // Of each batch row: the sums by frequency, four times, then y.
-    const int64_t stride = 5 * side;
-    std::vector<double> sums(static_cast<size_t>(m * stride));
+    // The sums by frequency, four times, then y.
+    const Lines<double> sums(5 * side * lanes);
+    double* total = sums.get() + 4 * side * lanes;
     for (int64_t r = row0; r < row1; r += side) {
-      std::fill(sums.begin(), sums.end(), 0.0);
+      std::fill_n(sums.get(), 5 * side * lanes, 0.0);
       for (int64_t tc = 0; tc < n; ++tc) {
         tile.read(layer.codes + (r / side * n + tc) * layer.tile.bytes);
-        for (int64_t b = 0; b < m; ++b) {
-          const double* from = seen.data() + (b * n + tc) * own;
-          double* to = sums.data() + b * stride;
-          meet(tile, side, shift, from, from + side, to + 4 * side, to);
-        }
+        meet(tile, side, lanes, seen.get() + tc * own, sums.get(), total);
       }
-      for (int64_t b = 0; b < m; ++b) {
-        double* from = sums.data() + b * stride;
-        add_transform(tables, from, from + 4 * side);
+      add_transform(tables, lanes, sums.get(), total);
+      for (int64_t b = 0; b < m; ++b)
         for (int64_t i = 0; i < side; ++i)
-          y[b * layer.out + r + i] = static_cast<float>(from[4 * side + i]);
-      }
+          y[b * layer.out + r + i] = static_cast<float>(total[i * lanes + b]);
     }
   });
+}
+
+void linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  const int64_t lanes = m == 1 ? 1 : kEight;
+  for (int64_t b = 0; b < m; b += lanes)
+    lanes_linear(layer, x + b * layer.in, std::min(lanes, m - b), y + b * layer.out, lanes);
 }
 
 void check(const Layer& layer, int64_t t) {
