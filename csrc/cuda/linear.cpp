@@ -41,10 +41,12 @@ at::ScalarType product_type(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
 }
 
-// A slot straight from the codes: (layer, x, type, m, y, scratch, stream).
+// A slot straight from the codes: (layer, x, type, m, y, scratch, stream). How much scratch it needs
+// depends on the device.
 template <class Slot, class Scratch>
 at::Tensor direct(const DeviceTerm& term, Slot slot, Scratch scratch, const at::Tensor& x,
                   int64_t width) {
+  const c10::cuda::CUDAGuard guard(x.device());
   const int64_t m = x.size(0), bytes = scratch ? scratch(term.layer, m) : 0;
   const at::Tensor y = at::empty({m, width}, term.floats()),
                    space = at::empty({bytes}, term.codes.options());
