@@ -236,17 +236,19 @@ cudaError_t adjoint_loop(const LayerView& layer, int64_t row0, int64_t row1, con
                   count = sum_count<Codec>(layer);
     const unsigned blocks = std::min(blocks_for(weights / Codec::kUnit, kLoopThreads),
                                      static_cast<unsigned>(4 * processors()));
-    const auto add = [&](auto kernel, int64_t copied) {
-      return run(kernel, blocks, kLoopThreads, static_cast<size_t>(copied) * sizeof(Sum), stream,
-                 layer, row0, row1, dw, largest, static_cast<Sum*>(sums));
+    const auto add = [&](auto kernel, SharedBytes shared) {
+      return run(kernel, blocks, kLoopThreads, shared, stream, layer, row0, row1, dw, largest,
+                 static_cast<Sum*>(sums));
     };
+    const SharedBytes copied(static_cast<size_t>(count) * sizeof(Sum),
+                             kMostCopiedSums * sizeof(Sum));
     cudaError_t error;
     if constexpr (SizedSums<Codec>) {
-      error = count <= kMostCopiedSums ? add(shared_adjoint_kernel<Codec, true>, count)
+      error = count <= kMostCopiedSums ? add(shared_adjoint_kernel<Codec, true>, copied)
                                        : add(shared_adjoint_kernel<Codec, false>, 0);
     } else {
       static_assert(Codec::kSums <= kMostCopiedSums);
-      error = add(shared_adjoint_kernel<Codec, true>, count);
+      error = add(shared_adjoint_kernel<Codec, true>, copied);
     }
     return error != cudaSuccess ? error
                                 : collect_sums<Codec>(largest, weights, count, sums, stream);
