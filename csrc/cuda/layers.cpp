@@ -38,6 +38,12 @@ void DeviceTerm::decode(int64_t row0, int64_t row1, const at::Tensor& w) const {
   });
 }
 
+void check_place(const char* name, const at::Tensor& x, const at::Tensor& codes,
+                 c10::string_view codec) {
+  TORCH_CHECK_VALUE(x.device() == codes.device(), codec, ": ", name, " is on ", x.device(),
+                    " but the codes are on ", codes.device());
+}
+
 DeviceTerms bind_terms(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
                        at::IntArrayRef shape) {
   DeviceTerms all{bind_layers(codes, params, codec, shape), {}};
