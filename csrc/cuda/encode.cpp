@@ -29,7 +29,7 @@ std::tuple<at::Tensor, Tensors> encode_op(const at::Tensor& weight,
                                           at::TensorList params, c10::string_view codec) {
   const Encoding encoding = begin_encoding(weight, importance, params, codec);
   if (!encoding.codes.numel()) return {encoding.codes, encoding.params};
-  const CudaRow cuda = cuda_row(encoding.terms->front());
+  const CudaRow& cuda = cuda_row(encoding.terms->front());
   if (!cuda.encode || !cuda.decode) return encode_on_host(weight, importance, params, codec);
 
   const c10::cuda::CUDAGuard guard(weight.device());  // which scratch sizes depend on
