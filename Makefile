@@ -27,7 +27,7 @@ COMPAT := 5.17.0 5.23.0
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%.py,\
   hf peft checkpoint models streaming shards minilm layers norms compile report_directory))
 
-.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda emulated check-nvcc build clean distclean check-tools
+.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda emulated gpu check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -137,6 +137,10 @@ $(EMULATED)/%.o: % $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*
 	@mkdir -p $(@D)
 	@$(CXX) -x c++ $(EMULATED_FLAGS) $(TORCH_FLAGS) -c $< -o $@
 	@echo "emulated $<"
+
+# All that wants a GPU, with the Python and the torch that are there: GPU="tests linear" for some of it.
+gpu:
+	@$(PYTHON) benchmarks/gpu.py $(GPU)
 
 check-nvcc:
 	@command -v $(NVCC) > /dev/null || { \
