@@ -41,8 +41,8 @@ at::ScalarType product_type(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
 }
 
-// A slot straight from the codes: (layer, x, type, m, y, scratch, stream). How much scratch it needs
-// depends on the device.
+// A slot straight from the codes: (layer, x, type, m, y, scratch, stream). How much scratch it
+// needs depends on the device.
 template <class Slot, class Scratch>
 at::Tensor direct(const DeviceTerm& term, Slot slot, Scratch scratch, const at::Tensor& x,
                   int64_t width) {
