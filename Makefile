@@ -13,6 +13,9 @@ endif
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+OBJECTS := build/objects
+# --force: the outer build looks at .cpp files alone, ninja inside it knows the headers too.
+BUILD = $(PY) setup.py --quiet build_ext --inplace --force --build-temp $(OBJECTS)
 SOURCES := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Three targets: A100, H100 with its own instructions, and code for what comes after it.
@@ -27,7 +30,7 @@ COMPAT := 5.17.0 5.23.0
 COMPAT_TESTS := $(wildcard $(patsubst %,tests/test_%.py,\
   hf peft checkpoint models streaming shards minilm layers norms compile report_directory))
 
-.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda emulated check-nvcc build clean distclean check-tools
+.PHONY: demo examples test compat bench lint wheel fuzz sanitize cuda emulated gpu check-nvcc build clean distclean check-tools
 
 demo: $(BUILT)
 	$(PY) examples/demo.py $(DEMO)
@@ -124,19 +127,23 @@ emulated: $(EMULATED)/cuda.so
 
 # With what the CPU's library is made of, but for the registration of its ops.
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS) $(EMULATED)/.host
-	@$(CXX) -shared -fopenmp -o $@ $(EMULATED_OBJECTS) $$(find $(EMULATED)/host -name '*.o' -not -name library.o \
+	@$(CXX) -shared -fopenmp -o $@ $(EMULATED_OBJECTS) $$(find $(OBJECTS) -name '*.o' -not -name library.o \
 	  -not -name python.o -not -path '*/csrc/cuda/*') $(TORCH_LIBRARIES)
 
+# An install compiles elsewhere and leaves no objects.
 $(EMULATED)/.host: $(SOURCES) | $(BUILT)
 	@mkdir -p $(@D)
-	@$(PY) setup.py --quiet build_ext --force --build-temp $(EMULATED)/host --build-lib $(EMULATED)/lib \
-	  > $(EMULATED)/host.log 2>&1 || { cat $(EMULATED)/host.log; exit 1; }
+	@$(BUILD) > $(EMULATED)/host.log 2>&1 || { cat $(EMULATED)/host.log; exit 1; }
 	@touch $@
 
 $(EMULATED)/%.o: % $(wildcard csrc/*.h csrc/codecs/*.h csrc/cuda/*.h csrc/cuda/*.cuh tests/emulation/*.h) | $(BUILT)
 	@mkdir -p $(@D)
 	@$(CXX) -x c++ $(EMULATED_FLAGS) $(TORCH_FLAGS) -c $< -o $@
 	@echo "emulated $<"
+
+# All that wants a GPU, with the Python and the torch that are there: GPU="tests linear" for some of it.
+gpu:
+	@$(PYTHON) benchmarks/gpu.py $(GPU)
 
 check-nvcc:
 	@command -v $(NVCC) > /dev/null || { \
@@ -153,12 +160,11 @@ $(INSTALLED): pyproject.toml
 	$(PY) -m pip install --quiet --no-build-isolation -e ".[hf,plot,test]"
 	@touch $(INSTALLED) $(BUILT)
 
-# Installing has compiled the library: only sources newer than that compile again. --force: the
-# outer build looks at .cpp files alone, ninja inside it knows the headers too.
+# Installing has compiled the library: only sources newer than that compile again.
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@if [ ! -e $@ ] || [ -n "$$(find $(SOURCES) -newer $@)" ]; then \
 	  echo "compiling what has changed"; \
-	  $(PY) setup.py --quiet build_ext --inplace --force > $(VENV)/build.log 2>&1 || \
+	  $(BUILD) > $(VENV)/build.log 2>&1 || \
 	    { cat $(VENV)/build.log; exit 1; }; \
 	fi
 	@touch $@

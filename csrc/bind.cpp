@@ -9,6 +9,8 @@
 
 namespace rs {
 
+std::shared_ptr<const void> (*device_row)(const Term&) = nullptr;
+
 std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, Shape shape) {
   static std::mutex mutex;
   static std::unordered_map<std::string, std::shared_ptr<const std::vector<Term>>> cache;
@@ -19,8 +21,10 @@ std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, 
   if (!entry) {
     if (cache.size() > 4096) cache = {};  // specs come from files: keep a bound
     try {
-      auto terms = std::make_shared<const std::vector<Term>>(
+      auto terms = std::make_shared<std::vector<Term>>(
           resolve(Spec::parse({codec.data(), codec.size()}), shape));
+      if (device_row)
+        for (Term& term : *terms) term.device = device_row(term);
       cache[key] = terms;
       return terms;
     } catch (const std::invalid_argument& error) {

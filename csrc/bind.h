@@ -11,6 +11,9 @@
 
 namespace rs {
 
+// Makes Term::device. Set by cuda/layers.cpp where that is part of the library.
+extern std::shared_ptr<const void> (*device_row)(const Term&);
+
 // A codec resolved for a shape; kept and shared, since batch-1 products ask for it every call.
 std::shared_ptr<const std::vector<Term>> resolve_cached(c10::string_view codec, Shape shape);
 

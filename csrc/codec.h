@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -106,6 +107,7 @@ struct Term {
   int first_param = 0;
   std::string prefix;  // of the param names: "" or "rest_"
   Spec spec;
+  std::shared_ptr<const void> device;  // its CudaRow, where the library has kernels
 };
 
 // Rows padded up to the tile.

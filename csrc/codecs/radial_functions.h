@@ -245,14 +245,19 @@ RS_HD std::array<Dual, kFunctions> radial_functions(double radius) {
   };
 }
 
-// Writes the entries of radius number n < radial_radii(word) into a word's tables of values and
-// slopes. r_max is held.
+constexpr int kKinds = 16;  // of functions: category and subcategory
+
+// Writes the entries of radius number n < radial_radii(word) and of kinds [First, Last) into a
+// word's tables of values and slopes. r_max is held.
+template <int First = 0, int Last = kKinds>
 RS_HD void tabulate(int word, int n, float r_max, float* value, float* slope) {
   const bool both_signs = word == 32;
   const int top = both_signs ? 1023 : 255, sign = n > top, i = n - sign * (top + 1);
   const double r = i * static_cast<double>(r_max) / top, share = static_cast<double>(i) / top;
   const auto f = radial_functions(sign ? -r : r);
-  for (int kind = 0; kind < 16; ++kind)
+#pragma unroll
+  for (int kind = First; kind < Last; ++kind)
+#pragma unroll
     for (int order = 0; order < (both_signs ? 2 : 4); ++order) {
       const Dual& at = f[static_cast<size_t>(4 * kind + order)];
       const int row = both_signs ? 4 * kind + 2 * sign + order : 4 * kind + order;

@@ -58,12 +58,6 @@ void fill(Row& row, Search search, Isa isa) {
   trellis_fast_slots(row, K, isa);
 }
 
-template <int K>
-void choose(Row& row, int k, Search search, Isa isa) {
-  if (k == K) return fill<K>(row, search, isa);
-  if constexpr (K < 8) choose<K + 1>(row, k, search, isa);
-}
-
 }  // namespace
 
 std::vector<Term> trellis_terms(const Spec& spec, Shape shape) {
@@ -88,8 +82,9 @@ std::vector<Term> trellis_terms(const Spec& spec, Shape shape) {
   row.in_scale = 3;
   if (rotate) row.out_block = hadamard_block(shape.out), row.in_block = hadamard_block(shape.in);
   row.encode_batch = TrellisSearch::kBatch;
-  choose<3>(row, static_cast<int>(k), search == "fast" ? Search::fast : Search::exact,
-            current_isa());
+  with_trellis_bits(static_cast<int>(k), [&]<int K> {
+    fill<K>(row, search == "fast" ? Search::fast : Search::exact, current_isa());
+  });
   return {term};
 }
 

@@ -128,6 +128,13 @@ struct Trellis {
   }
 };
 
+// Calls visit.template operator()<K>() for k.
+template <int K = 3, class Visit>
+void with_trellis_bits(int k, Visit&& visit) {
+  if (k == K) return visit.template operator()<K>();
+  if constexpr (K < 8) with_trellis_bits<K + 1>(k, visit);
+}
+
 // The search for these tables, kept until other tables are asked for: error feedback asks for the
 // same one thousands of times.
 std::shared_ptr<const TrellisSearch> trellis_search(int k, const float* radius, const float* angle,

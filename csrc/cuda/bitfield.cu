@@ -18,12 +18,23 @@ struct RadialTables {
   uint32_t largest_value, largest_slope, largest_basis;
 };
 
-// A thread owns a radius: all functions of it.
+template <int Word, int Kind = 0>
+__device__ __forceinline__ void tabulate(int kind, int n, float r_max, RadialTables<Word>& tables) {
+  if (kind == Kind)
+    radial::tabulate<Kind, Kind + 1>(Word, n, r_max, tables.value, tables.slope);
+  else if constexpr (Kind + 1 < radial::kKinds)
+    tabulate<Word, Kind + 1>(kind, n, r_max, tables);
+}
+
+// Made anew by every call, since r_max is trained where the host does not see it: so a thread owns
+// a radius and one kind of function, and computes nothing for others.
 template <int Word>
 __global__ void __launch_bounds__(32)
     radius_kernel(const float* __restrict__ r_max, RadialTables<Word>* __restrict__ tables) {
-  radial::tabulate(Word, static_cast<int>(blockIdx.x * 32 + threadIdx.x), held_r_max(*r_max),
-                   tables->value, tables->slope);
+  const int n = static_cast<int>(blockIdx.x * 32 + threadIdx.x);
+  if (blockIdx.y == 0 && n < kTurn)
+    tables->cosine[n] = static_cast<float>(turn_cosine(static_cast<uint64_t>(n), kTurn));
+  tabulate<Word>(static_cast<int>(blockIdx.y), n, held_r_max(*r_max), *tables);
 }
 
 // One block: the largest magnitudes of the tables and the basis. They order like their bits.
@@ -53,10 +64,9 @@ __global__ void __launch_bounds__(1024)
 template <int Word>
 cudaError_t prepare(const LayerView& layer, cudaStream_t stream) {
   using Codec = Bitfield<Word, Amplitude::byte>;
-  auto* tables = static_cast<RadialTables<Word>*>(layer.tables);
-  const cudaError_t error = run(radius_kernel<Word>, radial_radii(Word) / 32, 32, 0, stream,
-                                layer.params[Codec::kRMax], tables);
-  return error == cudaSuccess ? turn_cosines(tables->cosine, stream) : error;
+  static_assert(radial_radii(Word) >= kTurn);
+  return run(radius_kernel<Word>, dim3(radial_radii(Word) / 32, radial::kKinds), 32, 0, stream,
+             layer.params[Codec::kRMax], static_cast<RadialTables<Word>*>(layer.tables));
 }
 
 template <int Word, Amplitude Width, int Unit>

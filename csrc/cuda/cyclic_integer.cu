@@ -10,7 +10,6 @@
 namespace rs::cuda {
 namespace {
 
-constexpr int kTop = 127;   // of x and of the basis in 8 bits
 constexpr int kDigits = 3;  // a weight is digit 0 + 256 digit 1 + 65536 digit 2, each an int8
 constexpr int kStep = 64;   // of the summed index in shared memory
 constexpr int kPitch = kStep + 16;  // bytes: the rows of a fragment fall into different banks
@@ -18,35 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kUsualBlock = 8;
 // Of the summed index up to which a 32-bit sum of products of a digit and an int8 cannot overflow.
 constexpr int64_t kLongestSum = int64_t{1} << 17;
-static_assert(kLongestSum * 128 * kTop <= std::numeric_limits<int32_t>::max());
-
-// A block owns a row at a time: one unit for it, its numbers as int8, zeros from n to the stride.
-// The same operations as rs::Quantum; what is not finite makes the unit NaN.
-__global__ void __launch_bounds__(kThreads)
-    quantum_kernel(const float* __restrict__ x, int64_t rows, int64_t n, int64_t stride,
-                   int8_t* __restrict__ q, float* __restrict__ units) {
-  __shared__ uint32_t largest;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const float* from = x + row * n;
-    __syncthreads();
-    if (threadIdx.x == 0) largest = 0;
-    __syncthreads();
-    uint32_t own = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads)
-      own = max(own, std::bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu);
-    atomicMax(&largest, own);
-    __syncthreads();
-    const float peak = std::bit_cast<float>(largest);
-    const bool finite = largest < 0x7F800000u, some = finite && peak >= 1e-30f;
-    const float inverse = some ? kTop / peak : 0.0f;
-    if (threadIdx.x == 0)
-      units[row] = some ? peak / kTop : finite ? 0.0f : std::bit_cast<float>(0x7FC00000u);
-    for (int64_t i = threadIdx.x; i < stride; i += kThreads)
-      q[row * stride + i] = i < n ? static_cast<int8_t>(std::bit_cast<uint32_t>(
-                                        add(mul(from[i], inverse), 12582912.0f)))
-                                  : int8_t{0};
-  }
-}
+static_assert(kLongestSum * 128 * kQuantumTop <= std::numeric_limits<int32_t>::max());
 
 // What the product's kernels read and write.
 struct Integers {
@@ -54,8 +25,8 @@ struct Integers {
   int64_t m, outputs, length,
       stride;             // y (m, outputs); sums over `length`; rows of x `stride` apart
   int64_t splits, split;  // of the sum, each `split` long
-  const int8_t *x, *basis;
-  const float *units, *basis_unit;
+  int8_t *x, *basis;
+  float *units, *basis_unit;
   Sum* sums;  // (m, outputs), of all splits; null when there is one
   float* y;
 };
@@ -255,12 +226,6 @@ int64_t scratch_bytes(const LayerView& layer, int64_t m) {
   return Plan<Word, Back>(layer, m, nullptr).bytes;
 }
 
-cudaError_t quantise(const float* x, int64_t rows, int64_t n, int64_t stride, const int8_t* q,
-                     const float* units, cudaStream_t stream) {
-  return run(quantum_kernel, blocks_for(rows, 1), kThreads, 0, stream, x, rows, n, stride,
-             const_cast<int8_t*>(q), const_cast<float*>(units));
-}
-
 template <class Word, bool Back>
 cudaError_t product(const LayerView& layer, const void* x, Type, int64_t m, float* y, void* scratch,
                     cudaStream_t stream) {
@@ -268,10 +233,10 @@ cudaError_t product(const LayerView& layer, const void* x, Type, int64_t m, floa
   Integers& p = plan.p;
   p.y = y;
   cudaError_t error =
-      quantise(static_cast<const float*>(x), m, p.length, p.stride, p.x, p.units, stream);
+      quantise_rows(static_cast<const float*>(x), m, p.length, p.stride, p.x, p.units, stream);
   if (error == cudaSuccess)
-    error = quantise(layer.params[kCyclicBasis], 1, plan.vectors, plan.vectors, p.basis,
-                     p.basis_unit, stream);
+    error = quantise_rows(layer.params[kCyclicBasis], 1, plan.vectors, plan.vectors, p.basis,
+                          p.basis_unit, stream);
   if (error == cudaSuccess && p.sums)
     error = cudaMemsetAsync(p.sums, 0, static_cast<size_t>(m * p.outputs) * sizeof(Sum), stream);
   if (error != cudaSuccess) return error;

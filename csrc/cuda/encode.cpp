@@ -29,9 +29,10 @@ std::tuple<at::Tensor, Tensors> encode_op(const at::Tensor& weight,
                                           at::TensorList params, c10::string_view codec) {
   const Encoding encoding = begin_encoding(weight, importance, params, codec);
   if (!encoding.codes.numel()) return {encoding.codes, encoding.params};
-  const CudaRow cuda = cuda_row(encoding.terms->front());
+  const CudaRow& cuda = cuda_row(encoding.terms->front());
   if (!cuda.encode || !cuda.decode) return encode_on_host(weight, importance, params, codec);
 
+  const c10::cuda::CUDAGuard guard(weight.device());  // which scratch sizes depend on
   const DeviceTerms all = bind_terms(encoding.codes, encoding.params, codec, weight.sizes());
   const DeviceTerm& term = all.terms.front();
   const at::Tensor target = without_scales(weight, encoding);
@@ -53,6 +54,7 @@ std::tuple<at::Tensor, Tensors> encode_op(const at::Tensor& weight,
 at::Tensor trellis_encode_op(const at::Tensor& targets, const at::Tensor& radius,
                              const at::Tensor& angle, double bits, c10::string_view search) {
   const int k = check_trellis_encode(targets, radius, angle, bits, search);
+  const c10::cuda::CUDAGuard guard(targets.device());
   const at::Tensor in = targets.contiguous(), radii = radius.contiguous(),
                    angles = angle.contiguous();
   const TrellisTargets tiles{in.const_data_ptr<float>(), 16 * in.size(0), 16,

@@ -115,7 +115,7 @@ cudaError_t frame_rows(const FrameRows& f, cudaStream_t stream) {
 
 cudaError_t hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block,
                              cudaStream_t stream) {
-  if (block == 1) return cudaSuccess;
+  if (block == 1 || !rows || !n) return cudaSuccess;
   const int64_t strips = (n + kColumns - 1) / kColumns;
   return run(columns_kernel, static_cast<unsigned>(rows / block * strips), 256, 0, stream, x, n,
              stride, strips, static_cast<int>(block), norm_of(block));

@@ -15,19 +15,29 @@
 
 namespace rs::cuda {
 
-// Launches kernel(args...) on the stream; `shared` bytes of dynamic shared memory.
+// Dynamic shared memory of a launch, and the most that any launch of the kernel takes: what is
+// allowed is kept with the kernel, where a thread with a smaller launch must not take it back.
+struct SharedBytes {
+  size_t used, most;
+
+  SharedBytes(size_t bytes) : used(bytes), most(bytes) {}
+  SharedBytes(size_t used, size_t most) : used(used), most(most) {}
+};
+
+// Launches kernel(args...) on the stream.
 template <class... P, class... A>
-cudaError_t run(void (*kernel)(P...), dim3 blocks, unsigned threads, size_t shared,
+cudaError_t run(void (*kernel)(P...), dim3 blocks, unsigned threads, SharedBytes shared,
                 cudaStream_t stream, A&&... args) {
-  if (shared > (size_t{48} << 10))  // more has to be asked for
+  // More than 48 KB has to be asked for; what the kernel declares counts too.
+  if (shared.most > (size_t{32} << 10))
     if (const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared.most));
         error != cudaSuccess)
       return error;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = shared.used;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }

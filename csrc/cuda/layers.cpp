@@ -7,13 +7,15 @@
 
 namespace rs::cuda {
 
-CudaRow cuda_row(const Term& term) {
-  for (const CudaEntry& entry : kCudaRows)
-    if (term.row.name == entry.name) return entry.row(term);
-  return {};
-}
-
 namespace {
+
+std::shared_ptr<const void> make_row(const Term& term) {
+  CudaRow row;
+  for (const CudaEntry& entry : kCudaRows)
+    if (term.row.name == entry.name) row = entry.row(term);
+  return std::make_shared<const CudaRow>(row);
+}
+[[maybe_unused]] const bool rows_are_kept = (device_row = make_row, true);
 
 bool has_product_memory(const at::Tensor& like) {
   int bytes = 0;
@@ -36,6 +38,12 @@ void DeviceTerm::decode(int64_t row0, int64_t row1, const at::Tensor& w) const {
   launch(codes, [&](cudaStream_t stream) {
     return cuda.decode(layer, range, w.mutable_data_ptr(), layer.in, type_of(w), stream);
   });
+}
+
+void check_place(const char* name, const at::Tensor& x, const at::Tensor& codes,
+                 c10::string_view codec) {
+  TORCH_CHECK_VALUE(x.device() == codes.device(), codec, ": ", name, " is on ", x.device(),
+                    " but the codes are on ", codes.device());
 }
 
 DeviceTerms bind_terms(const at::Tensor& codes, at::TensorList params, c10::string_view codec,

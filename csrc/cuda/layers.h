@@ -32,6 +32,9 @@ struct DeviceTerms {
   std::vector<DeviceTerm> terms;
 };
 
+// Any of them being on a GPU is what brought the call here.
+void check_place(const char* name, const at::Tensor& x, const at::Tensor& codes,
+                 c10::string_view codec);
 DeviceTerms bind_terms(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
                        at::IntArrayRef shape);
 

@@ -41,10 +41,12 @@ at::ScalarType product_type(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
 }
 
-// A slot straight from the codes: (layer, x, type, m, y, scratch, stream).
+// A slot straight from the codes: (layer, x, type, m, y, scratch, stream). How much scratch it
+// needs depends on the device.
 template <class Slot, class Scratch>
 at::Tensor direct(const DeviceTerm& term, Slot slot, Scratch scratch, const at::Tensor& x,
                   int64_t width) {
+  const c10::cuda::CUDAGuard guard(x.device());
   const int64_t m = x.size(0), bytes = scratch ? scratch(term.layer, m) : 0;
   const at::Tensor y = at::empty({m, width}, term.floats()),
                    space = at::empty({bytes}, term.codes.options());
@@ -121,8 +123,6 @@ template <class Product>
 at::Tensor sum_terms(const char* name, const at::Tensor& x, const DeviceTerms& all,
                      c10::string_view codec, int64_t from, int64_t to, Product&& product) {
   check_activation(name, x, from, codec);
-  TORCH_CHECK_VALUE(x.device() == all.terms.front().codes.device(), codec, ": ", name, " is on ",
-                    x.device(), " but the codes are on ", all.terms.front().codes.device());
   auto sizes = x.sizes().vec();
   sizes.back() = to;
   const at::Tensor rows = flat(x, from);
@@ -138,6 +138,7 @@ at::Tensor sum_terms(const char* name, const at::Tensor& x, const DeviceTerms& a
 
 at::Tensor linear_op(const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
                      c10::string_view codec, at::IntArrayRef shape) {
+  check_place("x", x, codes, codec);
   const DeviceTerms all = bind_terms(codes, params, codec, shape);
   return sum_terms("x", x, all, codec, shape[1], shape[0], term_linear);
 }
@@ -145,6 +146,7 @@ at::Tensor linear_op(const at::Tensor& x, const at::Tensor& codes, at::TensorLis
 at::Tensor linear_grad_input_op(const at::Tensor& grad, const at::Tensor& codes,
                                 at::TensorList params, c10::string_view codec,
                                 at::IntArrayRef shape) {
+  check_place("grad", grad, codes, codec);
   const DeviceTerms all = bind_terms(codes, params, codec, shape);
   return sum_terms("grad", grad, all, codec, shape[0], shape[1], term_grad_input);
 }

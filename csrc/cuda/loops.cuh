@@ -133,10 +133,22 @@ __global__ void __launch_bounds__(kLoopThreads)
   }
 }
 
-// How many shared sums there are: kSums, or for codecs whose params' sizes are a setting what
-// sums(layer) says; those have as many folds.
+// How many sums the gradients of shared params gather in, and how many entries those have. Codecs
+// whose params' sizes are a setting say it of a layer, the same for both.
+struct SharedCounts {
+  int64_t sums, folds;
+};
 template <class Codec>
 concept SizedSums = requires(const LayerView& layer) { Codec::sums(layer); };
+template <class Codec>
+__host__ __device__ __forceinline__ SharedCounts shared_counts(const LayerView& layer) {
+  if constexpr (SizedSums<Codec>) {
+    const int64_t sums = Codec::sums(layer);
+    return {sums, sums};
+  } else {
+    return {Codec::kSums, Codec::kFolds};
+  }
+}
 template <class Codec>
 constexpr bool kSharesSums = [] {
   if constexpr (SizedSums<Codec>)
@@ -144,20 +156,6 @@ constexpr bool kSharesSums = [] {
   else
     return Codec::kSums > 0;
 }();
-template <class Codec>
-__host__ __device__ __forceinline__ int64_t sum_count(const LayerView& layer) {
-  if constexpr (SizedSums<Codec>)
-    return Codec::sums(layer);
-  else
-    return Codec::kSums;
-}
-template <class Codec>
-__host__ __device__ __forceinline__ int64_t fold_count(const LayerView& layer) {
-  if constexpr (SizedSums<Codec>)
-    return Codec::sums(layer);
-  else
-    return Codec::kFolds;
-}
 
 constexpr int64_t kMostCopiedSums = 6144;  // of 48 KB; more go to memory at once
 
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kLoopThreads)
     shared_adjoint_kernel(LayerView layer, int64_t row0, int64_t row1, const float* __restrict__ dw,
                           const float* __restrict__ largest, Sum* __restrict__ all) {
   Sum* sum = Copied ? dynamic_shared<Sum>() : all;
-  const int64_t n_sums = sum_count<Codec>(layer);
+  const int64_t n_sums = shared_counts<Codec>(layer).sums;
   const auto [rows, cols, bytes] = layer.tile;
   decltype(auto) tables = tables_of<Codec>(layer);
   if constexpr (Copied) {
@@ -233,20 +231,22 @@ cudaError_t adjoint_loop(const LayerView& layer, int64_t row0, int64_t row1, con
                layer, row0, row1, dw, grads_of(grads));
   } else {
     const int64_t weights = tiles * layer.tile.rows * layer.tile.cols,
-                  count = sum_count<Codec>(layer);
+                  count = shared_counts<Codec>(layer).sums;
     const unsigned blocks = std::min(blocks_for(weights / Codec::kUnit, kLoopThreads),
                                      static_cast<unsigned>(4 * processors()));
-    const auto add = [&](auto kernel, int64_t copied) {
-      return run(kernel, blocks, kLoopThreads, static_cast<size_t>(copied) * sizeof(Sum), stream,
-                 layer, row0, row1, dw, largest, static_cast<Sum*>(sums));
+    const auto add = [&](auto kernel, SharedBytes shared) {
+      return run(kernel, blocks, kLoopThreads, shared, stream, layer, row0, row1, dw, largest,
+                 static_cast<Sum*>(sums));
     };
+    const SharedBytes copied(static_cast<size_t>(count) * sizeof(Sum),
+                             kMostCopiedSums * sizeof(Sum));
     cudaError_t error;
     if constexpr (SizedSums<Codec>) {
-      error = count <= kMostCopiedSums ? add(shared_adjoint_kernel<Codec, true>, count)
+      error = count <= kMostCopiedSums ? add(shared_adjoint_kernel<Codec, true>, copied)
                                        : add(shared_adjoint_kernel<Codec, false>, 0);
     } else {
       static_assert(Codec::kSums <= kMostCopiedSums);
-      error = add(shared_adjoint_kernel<Codec, true>, count);
+      error = add(shared_adjoint_kernel<Codec, true>, copied);
     }
     return error != cudaSuccess ? error
                                 : collect_sums<Codec>(largest, weights, count, sums, stream);
@@ -258,7 +258,7 @@ template <class Codec>
 __global__ void __launch_bounds__(kLoopThreads)
     fold_kernel(LayerView layer, const double* __restrict__ sums, Grads grads) {
   decltype(auto) tables = tables_of<Codec>(layer);
-  const int64_t folds = fold_count<Codec>(layer);
+  const int64_t folds = shared_counts<Codec>(layer).folds;
   for (int64_t f = static_cast<int64_t>(blockIdx.x) * kLoopThreads + threadIdx.x; f < folds;
        f += static_cast<int64_t>(gridDim.x) * kLoopThreads)
     Codec::fold(static_cast<int>(f), tables, sums, grads.of);
@@ -267,8 +267,9 @@ __global__ void __launch_bounds__(kLoopThreads)
 template <class Codec>
 cudaError_t finish_loop(const LayerView& layer, const void* sums, float* const* grads,
                         cudaStream_t stream) {
-  return run(fold_kernel<Codec>, blocks_for(fold_count<Codec>(layer), kLoopThreads), kLoopThreads,
-             0, stream, layer, all_sums(sums, sum_count<Codec>(layer)), grads_of(grads));
+  const SharedCounts count = shared_counts<Codec>(layer);
+  return run(fold_kernel<Codec>, blocks_for(count.folds, kLoopThreads), kLoopThreads, 0, stream,
+             layer, all_sums(sums, count.sums), grads_of(grads));
 }
 
 // The loops in a row's slots. Codecs with sums(layer) say how many that is.

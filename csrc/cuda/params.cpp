@@ -79,6 +79,8 @@ Tensors grad_params(const DeviceTerms& all, at::TensorList params, Fill&& fill) 
 Tensors linear_grad_params_op(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
                               at::TensorList params, c10::string_view codec,
                               at::IntArrayRef sizes) {
+  check_place("x", x, codes, codec);
+  check_place("grad", grad, codes, codec);
   const DeviceTerms all = bind_terms(codes, params, codec, sizes);
   const auto [out, in] = all.bound.shape;
   check_batches(grad, x, out, in, codec);
@@ -92,6 +94,7 @@ Tensors linear_grad_params_op(const at::Tensor& grad, const at::Tensor& x, const
 Tensors decode_grad_params_op(const at::Tensor& grad, const at::Tensor& codes,
                               at::TensorList params, c10::string_view codec,
                               at::IntArrayRef sizes) {
+  check_place("grad", grad, codes, codec);
   const DeviceTerms all = bind_terms(codes, params, codec, sizes);
   check_weight_gradient(grad, sizes, codec);
   return grad_params(all, params,

@@ -54,7 +54,9 @@ struct CudaRow {
   int64_t (*encode_scratch)(const LayerView&) = nullptr;
 };
 
-// The slots of a resolved term; its `decode` is null where the codec has none on the device.
-CudaRow cuda_row(const Term& term);
+// The slots of a resolved term, kept with it; `decode` is null where the codec has none.
+inline const CudaRow& cuda_row(const Term& term) {
+  return *static_cast<const CudaRow*>(term.device.get());
+}
 
 }  // namespace rs::cuda

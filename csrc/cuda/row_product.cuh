@@ -247,8 +247,9 @@ cudaError_t row_product(const LayerView& layer, const void* x, int64_t m, float*
     product.steps = splits.steps;
     product.y = splits.count > 1 ? static_cast<float*>(scratch) : y;
     const dim3 grid(static_cast<unsigned>(splits.blocks), static_cast<unsigned>(splits.count));
-    const cudaError_t error = run(row_product_kernel<P, T>, grid, kProductThreads,
-                                  static_cast<size_t>(P::shared_bytes(m)), stream, layer, product);
+    const SharedBytes shared(P::shared_bytes(m), P::shared_bytes(P::kMaxRows));
+    const cudaError_t error =
+        run(row_product_kernel<P, T>, grid, kProductThreads, shared, stream, layer, product);
     if (error != cudaSuccess || splits.count == 1) return error;
     const int64_t count = m * layer.out;
     return run(add_splits_kernel<int64_t>, blocks_for(count, kLoopThreads), kLoopThreads, 0, stream,

@@ -47,13 +47,13 @@ struct Plan {
   static constexpr int kBlocks = Columns <= 2 ? 2 : 1;  // of a multiprocessor
   static constexpr int kMost = kProductShared;
   static constexpr int kRoom = std::min(226 * 1024 / kBlocks - 1024, kMost) - Codec::kTableBytes;
-  static constexpr int kStages =
-      std::clamp(kRoom / stage_bytes(RowWarps == 1 ? 2 : 8 * Columns), 2, 4);
+  static constexpr int kMaxRows = RowWarps == 1 ? 2 : 8 * Columns;  // of x
+  static constexpr int kStages = std::clamp(kRoom / stage_bytes(kMaxRows), 2, 4);
   static constexpr int kSumBytes = kProductThreads * kSums * 4;
   static constexpr int shared_bytes(int64_t m) {
     return Codec::kTableBytes + std::max(kStages * stage_bytes(m), kSumBytes);
   }
-  static_assert(Codec::kTableBytes + 2 * stage_bytes(RowWarps == 1 ? 2 : 8 * Columns) <= kMost);
+  static_assert(shared_bytes(kMaxRows) <= kMost);
 };
 
 struct RowProduct {

@@ -20,21 +20,14 @@ int64_t encode_scratch(const LayerView& layer) {
   return viterbi_scratch(targets_of(layer, nullptr), K);
 }
 
-template <int K>
-void fill(CudaRow& row, int k, Search search) {
-  if (k == K) {
-    row.encode = search == Search::fast ? encode<K, Search::fast> : encode<K, Search::exact>;
-    row.encode_scratch = encode_scratch<K>;
-    return;
-  }
-  if constexpr (K < 8) fill<K + 1>(row, k, search);
-}
-
 }  // namespace
 
 void trellis_encode_slots(CudaRow& row, const Term& term) {
-  fill<3>(row, static_cast<int>(2 * term.spec.number("bits", 2)),
-          term.spec.word("search", "exact") == "fast" ? Search::fast : Search::exact);
+  const bool fast = term.spec.word("search", "exact") == "fast";
+  with_trellis_bits(static_cast<int>(2 * term.spec.number("bits", 2)), [&]<int K> {
+    row.encode = fast ? encode<K, Search::fast> : encode<K, Search::exact>;
+    row.encode_scratch = encode_scratch<K>;
+  });
 }
 
 }  // namespace rs::cuda

@@ -10,11 +10,4 @@ void trellis_grad_input_slots(CudaRow& row, int k);
 void trellis_decode_slots(CudaRow& row, int k);
 void trellis_adjoint_slots(CudaRow& row, int k);
 
-// Calls visit.template operator()<K>() for k.
-template <int K = 3, class Visit>
-void with_trellis_bits(int k, Visit&& visit) {
-  if (k == K) return visit.template operator()<K>();
-  if constexpr (K < 8) with_trellis_bits<K + 1>(k, visit);
-}
-
 }  // namespace rs::cuda
