@@ -111,6 +111,25 @@ def test_a_path_that_the_code_can_write_is_found_without_error(bits):
     assert tile_error(found, targets, bits) <= 0.05 * (targets**2).sum().item() * 2 ** (-2 * bits)
 
 
+@pytest.mark.parametrize("isa", walk.isas())
+@pytest.mark.parametrize("search", ["exact", "fast"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_states_of_far_targets_lie_towards_them_in_every_direction(bits, search, isa):
+    # Their errors are the widest integers of the search: one that wrapped would lead to the other
+    # side of the table.
+    radius, angle = default_tables()
+    turn = torch.linspace(0, 2 * math.pi, 65)[:64]
+    ray = torch.stack([turn.cos(), turn.sin()], -1)[:, None].expand(64, 8, 2)
+    for far in (1.2, 1.48, 1.6, 2.5, 40):
+        targets = walk.gaussian(64, 128, 2, seed=8)
+        targets[:, 3::16] = far * radius.max() * ray
+        with ops.use_isa(isa):
+            codes = encode_tiles(targets.reshape(64, 256), bits, search)
+        points = state_points(unpack_states(codes, 2 * bits), radius, angle).reshape(64, 128, 2)
+        along = (points[:, 3::16] * ray).sum(-1) / radius.max()
+        assert along.amin() > 0.5
+
+
 @pytest.mark.parametrize("search", ["exact", "fast"])
 def test_unusual_targets_are_searched_to_a_finite_end(search):
     targets = torch.zeros(6, 256)

@@ -64,21 +64,28 @@ RS_HD void coarse_point(float u, float v, int16_t* values) {
 struct Target {
   int a, b;
   int bound;  // -error of no state is more; the slack is for rounding
+  int peak;   // error of no state is more
 };
 
-// These pull in targets beyond about twice R.
+// These pull in targets, the fine ones beyond 1.49 R, the coarse beyond about twice R, so that
+// every error fits int16.
 RS_HD Target fine_target(float a, float b) {
-  const float shrink = std::min(1.0f, 2 / std::sqrt(a * a + b * b));
+  const float shrink = std::min(1.0f, 1.49f / std::sqrt(a * a + b * b));
   a *= shrink;
   b *= shrink;
-  return {nearest(16384 * a), nearest(16384 * b), static_cast<int>(8192 * (a * a + b * b)) + 6};
+  const float square = a * a + b * b;
+  return {nearest(16384 * a), nearest(16384 * b), static_cast<int>(8192 * square) + 6,
+          static_cast<int>(8192 + 16384 * std::sqrt(square)) + 6};
 }
 
 RS_HD Target coarse_target(float a, float b) {
   const float sum = std::fabs(a) + std::fabs(b), side = std::max(std::fabs(a), std::fabs(b));
-  const float shrink = std::min(std::min(1.0f, 2 / sum), 1.4f / side);
+  const float shrink = std::min(std::min(1.0f, 1.98f / sum), 1.4f / side);
   const int p = nearest(kCoarse * shrink * a), q = nearest(kCoarse * shrink * b);
-  return {p, q, std::max(0, (p * p + q * q) / 2 + kCoarse * (p + q) + 2)};
+  const int square = p * p + q * q, bytes = kCoarse * (p + q);  // what is added to the bytes
+  const float along = (kCoarse + 1) * std::sqrt(static_cast<float>(square));
+  return {p, q, std::max(0, square / 2 + bytes + 2),
+          std::max(0, (kCoarse + 1) * (kCoarse + 1) / 2 - bytes + static_cast<int>(along) + 6)};
 }
 
 }  // namespace viterbi

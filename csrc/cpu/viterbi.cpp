@@ -92,8 +92,10 @@ struct TrellisSearch::Impl {
             static_cast<int16_t>(coarse ? (target.a & 255) | (target.b & 255) << 8 : target.a);
         x.b[t][i] = static_cast<int16_t>(coarse ? 0 : target.b);
         x.bound[t][i] = target.bound;
+        x.ceiling[t][i] = static_cast<int16_t>(kTop - target.peak);
       }
       x.bound[steps][i] = 0;
+      x.ceiling[steps][i] = kTop;
     }
   }
 
@@ -119,7 +121,7 @@ struct TrellisSearch::Impl {
 
     quantise(targets, n, 0, kSteps, x);
     for (int i = 0; i < kTiles; ++i) {
-      std::fill_n(&metrics[i * stride], overlaps, static_cast<int16_t>(kTop));
+      std::fill_n(&metrics[i * stride], overlaps, x.ceiling[0][i]);
       metrics[i * stride + overlap[i]] = static_cast<int16_t>(kBottom + x.bound[0][i]);
     }
     kernels.forward(x, rows.data(), metrics.data());

@@ -18,8 +18,9 @@ struct Avx2 {
 
   static V load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
   static V fill(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
-  static V add(V x, V y) { return _mm256_adds_epi16(x, y); }
-  static V sub(V x, V y) { return _mm256_subs_epi16(x, y); }
+  static V add(V x, V y) { return _mm256_add_epi16(x, y); }
+  static V sub(V x, V y) { return _mm256_sub_epi16(x, y); }
+  static V saturating_sub(V x, V y) { return _mm256_subs_epi16(x, y); }
   static V min(V x, V y) { return _mm256_min_epi16(x, y); }
   static V mulhrs(V x, V y) { return _mm256_mulhrs_epi16(x, y); }
   static V dot_bytes(V u8, V s8) { return _mm256_maddubs_epi16(u8, s8); }

@@ -20,8 +20,9 @@ struct Avx512 {
 
   static V load(const int16_t* p) { return _mm512_loadu_si512(p); }
   static V fill(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
-  static V add(V x, V y) { return _mm512_adds_epi16(x, y); }
-  static V sub(V x, V y) { return _mm512_subs_epi16(x, y); }
+  static V add(V x, V y) { return _mm512_add_epi16(x, y); }
+  static V sub(V x, V y) { return _mm512_sub_epi16(x, y); }
+  static V saturating_sub(V x, V y) { return _mm512_subs_epi16(x, y); }
   static V min(V x, V y) { return _mm512_min_epi16(x, y); }
   static V mulhrs(V x, V y) { return _mm512_mulhrs_epi16(x, y); }
   static V dot_bytes(V u8, V s8) { return _mm512_maddubs_epi16(u8, s8); }

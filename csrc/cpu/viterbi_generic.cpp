@@ -19,12 +19,10 @@ struct Generic {
     return x;
   }
   static V fill(int x) { return V{} + static_cast<int16_t>(x); }
-  static V add(V x, V y) {
-    const V sum = (V)((U)x + (U)y), over = ((x ^ sum) & (y ^ sum)) >> 15;
-    return (sum & ~over) | (((x >> 15) ^ kTop) & over);
-  }
-  static V sub(V x, V y) {
-    const V sum = (V)((U)x - (U)y), over = ((x ^ sum) & (x ^ y)) >> 15;
+  static V add(V x, V y) { return (V)((U)x + (U)y); }
+  static V sub(V x, V y) { return (V)((U)x - (U)y); }
+  static V saturating_sub(V x, V y) {
+    const V sum = sub(x, y), over = ((x ^ sum) & (x ^ y)) >> 15;
     return (sum & ~over) | (((x >> 15) ^ kTop) & over);
   }
   static V min(V x, V y) { return x < y ? x : y; }

@@ -22,8 +22,7 @@ struct Fine {
     return S::sub(S::sub(p.norm, S::mulhrs(p.u, a)), S::mulhrs(p.v, b));
   }
   static int error(const int16_t* p, int stride, int a, int b) {
-    return saturate(saturate(p[2 * stride] - ((p[0] * a + 0x4000) >> 15)) -
-                    ((p[stride] * b + 0x4000) >> 15));
+    return p[2 * stride] - ((p[0] * a + 0x4000) >> 15) - ((p[stride] * b + 0x4000) >> 15);
   }
 };
 
@@ -43,7 +42,7 @@ struct Coarse {
   V error(const Points& p) const { return S::sub(p.norm, S::dot_bytes(p.uv, ab)); }
   static int error(const int16_t* p, int stride, int ab, int) {
     const int a = static_cast<int8_t>(ab), b = ab >> 8;
-    return saturate(p[stride] - ((p[0] & 255) * a + (p[0] >> 8 & 255) * b));
+    return p[stride] - ((p[0] & 255) * a + (p[0] >> 8 & 255) * b);
   }
 };
 
@@ -59,12 +58,13 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
       const int16_t* from = metrics + (t * kTiles + first) * kStride;
       int16_t* to = metrics + ((t + 1) * kTiles + first) * kStride;
       Grain grain[kGroup];
-      V lowest[kGroup];
+      V lowest[kGroup], ceiling[kGroup];
       int16_t drop[kGroup];  // lowers the metrics; known before the step, which saves a pass
       for (int i = 0; i < kGroup; ++i) {
         const int tile = first + i;
         grain[i] = Grain(x.a[t][tile], x.b[t][tile]);
         lowest[i] = S::fill(kTop);
+        ceiling[i] = S::fill(x.ceiling[t + 1][tile]);
         drop[i] = static_cast<int16_t>(
             saturate(low[tile] - kBottom - x.bound[t][tile] - x.bound[t + 1][tile]));
       }
@@ -85,7 +85,7 @@ void forward(const Targets& x, const int16_t* rows, int16_t* metrics) {
             const int after = (hi << K) + part * R::kNew + lane / R::kPeers;
             for (int i = 0; i < kGroup; ++i) {
               if constexpr (R::kPeersDropped) best[i] = S::min(best[i], S::swap(best[i]));
-              const V metric = S::sub(best[i], S::fill(drop[i]));
+              const V metric = S::min(S::saturating_sub(best[i], S::fill(drop[i])), ceiling[i]);
               lowest[i] = S::min(lowest[i], metric);
               // Where peers are dropped values their lanes are equal by now and go to one place.
               S::template store<R::kPeers>(to + i * kStride + after, R::kPeersDropped ? 0 : 1 << K,
@@ -110,7 +110,7 @@ void back(const Targets& x, const int16_t* columns, const int16_t* metrics, int 
       int32_t best = INT32_MAX;  // cost above, dropped value in the low byte
       for (int d = 0; d < kDropped; ++d) {
         const int error = Grain::error(points + d, kDropped, a, b);
-        const int32_t cost = saturate(error + before[d]) * 256 + d;
+        const int32_t cost = (error + before[d]) * 256 + d;
         best = cost < best ? cost : best;
       }
       best &= 255;

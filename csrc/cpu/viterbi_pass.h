@@ -12,16 +12,17 @@
 // and the 65536 costs are never stored. Nor are the choices: the walk back has the metrics of every
 // step and repeats the minimum where the path goes through. Of equal paths the lowest d wins.
 //
-// All is int16 with saturating sums, in one of two grains, where R is the table's largest radius:
+// All is int16, in one of two grains, where R is the table's largest radius:
 //
 //     fine     R = 32767 in u and v,  a and b = 16384 * target / R,  R^2 = 8192 in norm
 //              error = norm - mulhrs(u, a) - mulhrs(v, b),   mulhrs(x, y) = (x * y + 0x4000) >> 15
 //     coarse   R = 90 in u and v, which are bytes with 90 added,  a and b = 90 * target / R, signed
-//              bytes,  R^2 = 4050 in norm;   error = norm - (u * a + v * b), which fits int16
+//              bytes,  R^2 = 4050 in norm;   error = norm - (u * a + v * b)
 //
-// Either is |point - target|^2 less what depends on the target alone, so that errors go down to
-// -bound. Metrics are kept with their lowest at kBottom + bound or a little above, so that nothing
-// saturates at the bottom, and what saturates at the top has lost.
+// Either is |point - target|^2 less what depends on the target alone: from -bound to peak. Metrics
+// are kept with their lowest at kBottom + bound or a little above and are cut at kTop - peak, where
+// a path has lost: so no sum of a metric and an error leaves int16, and sums may wrap, which some
+// processors do twice as fast as saturating.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ struct Targets {
   int steps;
   int16_t a[kSteps][kTiles];  // coarse: a in the low byte, b in the high byte
   int16_t b[kSteps][kTiles];
-  int32_t bound[kSteps + 1][kTiles];  // -error of no state is more; the last is 0
+  int32_t bound[kSteps + 1][kTiles];    // of Target; the last is 0
+  int16_t ceiling[kSteps + 1][kTiles];  // kTop - peak: of the metrics before the step
 };
 
 struct Kernels {

@@ -35,9 +35,12 @@ __device__ void aim_at(const Problem& problem, float largest, int64_t first, int
     const Target target = Grain::target(a, b);
     pass.aim[step][tile] = Grain::aim(target);
     pass.bound[step][tile] = target.bound;
-    pass.wide[step][tile] = Grain::wide(target);
+    pass.ceiling[step][tile] = kTop - target.peak;
   }
-  if (threadIdx.x < kTiles) pass.bound[steps][threadIdx.x] = 0;
+  if (threadIdx.x < kTiles) {
+    pass.bound[steps][threadIdx.x] = 0;
+    pass.ceiling[steps][threadIdx.x] = kTop;
+  }
   __syncthreads();
 }
 

@@ -1,8 +1,6 @@
 // The two grains of the trellis's search: what a state's point is kept as, and what it costs.
 #pragma once
 
-#include <cstdlib>
-
 #include "../codecs/trellis_search.h"
 #include "grid.cuh"
 #include "ptx.cuh"
@@ -14,13 +12,11 @@ using namespace rs::viterbi;
 constexpr int kStates = 1 << 16;
 
 // The error of a state less what depends on the target alone, plus a metric, in the CPU's rounding:
-// -mulhrs(u, a) is (u * -a + 0x3FFF) >> 15. Aims are targets times -1. Sums that would leave int16
-// at the top, which takes a target beyond 1.5 R, are held there as the CPU does if kWide.
+// -mulhrs(u, a) is (u * -a + 0x3FFF) >> 15. Aims are targets times -1.
 struct Fine {
   static constexpr bool kNorms = true;
 
   __device__ static Target target(float a, float b) { return fine_target(a, b); }
-  __device__ static bool wide(const Target& t) { return t.a * t.a + t.b * t.b > 24500 * 24500; }
   __device__ static int2 aim(const Target& t) { return make_int2(-t.a, -t.b); }
   __device__ static uint32_t point(float u, float v, int16_t* norm) {
     int16_t values[3];
@@ -32,11 +28,8 @@ struct Fine {
   int u, v, norm;
   __device__ Fine(uint32_t point, int norm)
       : u(static_cast<int16_t>(point)), v(static_cast<int>(point) >> 16), norm(norm) {}
-  template <bool kWide>
   __device__ int cost(const int2& aim, int metric) const {
-    const int along_u = (u * aim.x + 0x3FFF) >> 15, along_v = (v * aim.y + 0x3FFF) >> 15;
-    if constexpr (kWide) return min(min(norm + along_u, kTop) + along_v, kTop) + metric;
-    return norm + metric + along_u + along_v;
+    return norm + metric + ((u * aim.x + 0x3FFF) >> 15) + ((v * aim.y + 0x3FFF) >> 15);
   }
 };
 
@@ -45,7 +38,6 @@ struct Coarse {
   static constexpr bool kNorms = false;
 
   __device__ static Target target(float a, float b) { return coarse_target(a, b); }
-  __device__ static bool wide(const Target& t) { return abs(t.a) + abs(t.b) > 155; }
   __device__ static int2 aim(const Target& t) {
     return make_int2((-t.a & 255) | (-t.b & 255) << 8, 0);
   }
@@ -58,9 +50,7 @@ struct Coarse {
   uint32_t word;
   int norm;
   __device__ Coarse(uint32_t point, int) : word(point), norm(static_cast<int>(point) >> 16) {}
-  template <bool kWide>
   __device__ int cost(const int2& aim, int metric) const {
-    if constexpr (kWide) return min(dot_bytes(word, aim.x, norm), kTop) + metric;
     return dot_bytes(word, aim.x, norm + metric);
   }
 };

@@ -36,8 +36,8 @@ struct Cut {
 struct Pass {
   int2 aim[kSteps][kTiles];
   int bound[kSteps + 1][kTiles];
-  bool wide[kSteps][kTiles];
-  int low[kLows][kTiles];  // the least metric before step t is in t % 3
+  int ceiling[kSteps + 1][kTiles];  // of the metrics before the step: kTop - peak
+  int low[kLows][kTiles];           // the least metric before step t is in t % 3
   int overlap[kTiles];
   uint8_t dropped[kSteps][kTiles];
 };
@@ -56,8 +56,8 @@ template <int K>
 __device__ void begin_pass(bool held, Pass& pass, uint32_t* metrics) {
   const int start[kTiles] = {kBottom + pass.bound[0][0], kBottom + pass.bound[0][1]};
   for (int o = threadIdx.x; o < Cut<K>::kOverlaps; o += kThreads)
-    metrics[o] = both(held && o != pass.overlap[0] ? kTop : start[0],
-                      held && o != pass.overlap[1] ? kTop : start[1]);
+    metrics[o] = both(held && o != pass.overlap[0] ? pass.ceiling[0][0] : start[0],
+                      held && o != pass.overlap[1] ? pass.ceiling[0][1] : start[1]);
   if (threadIdx.x < kTiles) {
     pass.low[0][threadIdx.x] = start[threadIdx.x];
     pass.low[1][threadIdx.x] = kTop;
@@ -67,10 +67,10 @@ __device__ void begin_pass(bool held, Pass& pass, uint32_t* metrics) {
 
 // One step of both tiles. Of equal paths the lowest dropped value wins, being the low byte of what
 // is minimised. choices: the step's, or null for not wanted.
-template <class Grain, int K, bool kWide>
+template <class Grain, int K>
 __device__ __forceinline__ void advance(const Points& points, const int2* aims, const int* drop,
-                                        const uint32_t* from, uint32_t* to, uint32_t* choices,
-                                        int* lowest) {
+                                        const int* ceiling, const uint32_t* from, uint32_t* to,
+                                        uint32_t* choices, int* lowest) {
   using C = Cut<K>;
   const int lane = threadIdx.x % 32, part = lane / C::kLane;
   const int2 aim[kTiles] = {aims[0], aims[1]};
@@ -96,7 +96,7 @@ __device__ __forceinline__ void advance(const Points& points, const int2* aims, 
         const Grain point(words.word[o], metric_of(norms.word[o / 2], o % 2));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          const int cost = point.template cost<kWide>(aim[tile], metric_of(before, tile));
+          const int cost = point.cost(aim[tile], metric_of(before, tile));
           best[tile][o] = min(best[tile][o], cost * 256 + d);
         }
       }
@@ -116,7 +116,7 @@ __device__ __forceinline__ void advance(const Points& points, const int2* aims, 
       int after_step[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const int held = max(min((best[tile][o] >> 8) - drop[tile], kTop), kBottom);
+        const int held = max(min((best[tile][o] >> 8) - drop[tile], ceiling[tile]), kBottom);
         after_step[tile] = held;
         lowest[tile] = min(lowest[tile], held);
         const int at = (tile * C::kRun + o) * C::kField;
@@ -148,10 +148,7 @@ __device__ const uint32_t* forward(const Points& points, Pass& pass, int steps, 
               kTop);
     }
     uint32_t* kept = t < first ? nullptr : choices + t * (C::kRuns * C::kChoices);
-    if (pass.wide[t][0] || pass.wide[t][1])
-      advance<Grain, K, true>(points, pass.aim[t], drop, from, to, kept, lowest);
-    else
-      advance<Grain, K, false>(points, pass.aim[t], drop, from, to, kept, lowest);
+    advance<Grain, K>(points, pass.aim[t], drop, pass.ceiling[t + 1], from, to, kept, lowest);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int low = warp_min(lowest[tile]);
