@@ -47,7 +47,9 @@ TESTS = (
 # A test of every kind of kernel, small enough for a checker that slows all of them down.
 CHECKED = (
     "tests/test_cuda.py::test_codes_at_any_address_decode_alike",
+    "tests/test_cuda.py::test_activations_at_any_address_multiply_alike",
     "tests/test_cuda.py::test_products_straight_from_runs_of_codes_are_exact_but_for_rounding",
+    "tests/test_cuda.py::test_input_gradients_straight_from_runs_of_codes_are_exact_but_for_rounding",
     "tests/test_cuda.py::test_trellis_products_shared_by_blocks_agree_and_repeat",
     "tests/test_cuda.py::test_int8_products_have_the_bits_of_the_host",
     "tests/test_cuda.py::test_gradients_of_params_through_a_product_agree",
