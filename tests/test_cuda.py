@@ -150,6 +150,51 @@ def test_products_straight_from_runs_of_codes_are_exact_but_for_rounding(codec, 
             assert error(y, x.double() @ dense.T) < torch.finfo(dtype).eps / 2, (batch, order)
 
 
+# Rows of T in several parts, no whole number of sixteens or fours; rows of codes that start at any
+# byte and end within a run.
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        (Uniform(bits=4, group=32, symmetric=True), (350, 96)),
+        (Uniform(bits=4, group=8), (1041, 280)),
+        (Uniform(bits=8, group=96), (502, 500)),
+        (Palette(layout="dense", bits=3), (1030, 17)),
+        (Palette(layout="dense", bits=4), (521, 522)),
+        (Palette(layout="dense", bits=4), (300, 264)),
+        (Hierarchical(mode="mul"), (1044, 33)),
+        (Hierarchical(mode="xor"), (531, 24)),
+    ],
+    ids=str,
+)
+def test_input_gradients_straight_from_runs_of_codes_are_exact_but_for_rounding(
+    codec, shape, monkeypatch
+):
+    mine, theirs = arguments(walk.random_layer(codec, shape))
+    dense = reference.decode(*theirs).double()
+    for batch, dtype in enumerate_types(1, 9, 31, 64):
+        dy = walk.gaussian(batch, shape[0]).to(dtype)
+        first = None
+        for order in cuda.orders(monkeypatch) if batch < 31 else [None]:
+            dx = cuda.ops.linear_grad_input(*cuda.tensors(dy), *mine)
+            # As above; where the frame has scales, dy times them is rounded too.
+            assert error(dx, dy.double() @ dense) < 0.6 * torch.finfo(dtype).eps, (batch, order)
+            first = dx if first is None else first
+            assert torch.equal(dx, first)
+
+
+def test_what_is_not_finite_in_one_row_reaches_no_gradient_of_others():
+    codec = Uniform(bits=4, group=32)
+    packed = walk.random_layer(codec, (19, 64))
+    packed.params["scale"][18, 1] = float("inf")
+    mine, _ = arguments(packed)
+    dy = walk.gaussian(2, 19)
+    dy[0, 3] = float("inf")
+    dx = cuda.ops.linear_grad_input(*cuda.tensors(dy), *mine).cpu()
+    assert not dx[0].isfinite().any()
+    assert dx[1, :32].isfinite().all()
+    assert not dx[1, 32:].isfinite().any()
+
+
 @pytest.mark.parametrize("codec", walk.FEW, ids=walk.spec)
 def test_gradients_of_params_agree_and_repeat(codec, monkeypatch):
     for shape in [(33, 50), (128, 256)]:
@@ -198,6 +243,20 @@ def test_codes_at_any_address_decode_alike(codec):
     assert torch.equal(cuda.ops.decode(moved, *rest).cpu(), reference.decode(*theirs))
 
 
+@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
+def test_activations_at_any_address_multiply_alike(codec):
+    mine, _ = arguments(walk.encoded(codec, (48, 136)))
+    for batch in (1, 70):
+        x, dy = cuda.tensors(*(walk.gaussian(batch, n).bfloat16() for n in (136, 48)))
+        x_moved, dy_moved = (
+            torch.cat((v.new_zeros(1), v.flatten()))[1:].view(v.shape) for v in (x, dy)
+        )
+        wanted = cuda.ops.linear(x, *mine), cuda.ops.linear_grad_input(dy, *mine)
+        found = cuda.ops.linear(x_moved, *mine), cuda.ops.linear_grad_input(dy_moved, *mine)
+        for f, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(f, w)
+
+
 # Sums so long that several blocks share each, which an emulated device of three processors does
 # from 32 steps of a warp on; odd numbers of tiles, of which the last steps hold but a few.
 @pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3, 3.5, 4])
@@ -215,6 +274,69 @@ def test_trellis_products_shared_by_blocks_agree_and_repeat(bits, monkeypatch):
             assert torch.equal(dx, first[1])
         assert error(y, reference.linear(x.float(), *theirs)) < PRODUCT
         assert error(dx, reference.linear_grad_input(dy.float(), *theirs)) < PRODUCT
+
+
+needs_gpu = pytest.mark.skipif(not cuda.on_gpu, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 70])
+@pytest.mark.parametrize("codec", walk.DEFAULTS, ids=walk.spec)
+def test_a_captured_graph_computes_what_it_is_given_later(codec, batch):
+    mine, _ = arguments(walk.trained(walk.encoded(codec, (48, 136))))
+    x, dy = (walk.gaussian(batch, n).to(torch.bfloat16).cuda() for n in (136, 48))
+
+    def run():
+        y, dx = cuda.ops.linear(x, *mine), cuda.ops.linear_grad_input(dy, *mine)
+        return [y, dx, *cuda.ops.linear_grad_params(dy, x, *mine)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    x.copy_(-x.roll(1, 0))
+    dy.copy_(2 * dy.roll(1, 0))
+    for params in mine[1]:
+        if params.is_floating_point():
+            params.mul_(1.25)
+    graph.replay()
+    for f, w in zip(found, run(), strict=True):
+        torch.testing.assert_close(f, w)
+
+
+# More than 2^31 weights, and bytes of codes at 8 bits: the same 128 rows over and over.
+@needs_gpu
+@pytest.mark.parametrize("codec", ["uniform(bits=8)", "trellis(bits=4)", "palette(bits=4)"])
+def test_layers_of_more_than_two_thousand_million_weights(codec):
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GiB of GPU memory")
+    part, times = walk.random_layer(rs.codec(codec), (128, 32768)), 520
+    axes = {p.name: p.axis for p in part.codec.params(part.shape)}
+    codes, small = cuda.tensors(part.codes, list(part.params.values()))
+    params = [
+        p.repeat(times, *[1] * (p.dim() - 1)) if axes[name] in ("out", "both") else p
+        for name, p in zip(part.params, small, strict=True)
+    ]
+    shape = 128 * times, 32768
+    whole = codes.repeat(times, 1, 1), params, part.codec.spec, shape
+    w = cuda.ops.decode(codes, small, part.codec.spec, part.shape)
+    assert torch.equal(cuda.ops.decode(*whole)[-128:], w)
+    for batch in (1, 64, 80):
+        y = cuda.ops.linear(walk.gaussian(batch, 32768).cuda(), *whole)
+        if batch > 64:  # a product of torch's, which may add up in any order
+            torch.testing.assert_close(
+                y[:, :128], y[:, -128:], rtol=1e-2, atol=float(y.std()) / 100
+            )
+        else:
+            assert torch.equal(y[:, :128], y[:, -128:])
+        dy = torch.zeros(batch, shape[0], device="cuda")
+        dy[-1, -5] = 1
+        dx = cuda.ops.linear_grad_input(dy, *whole)
+        assert error(dx[-1], w[-5].cpu()) < 2 * PRODUCT
 
 
 def test_empty_batches_give_empty_products():

@@ -4,6 +4,7 @@
 #include "hierarchical_decoder.cuh"
 #include "loops.cuh"
 #include "panel.cuh"
+#include "row_grad_input.cuh"
 #include "row_product.cuh"
 
 namespace rs::cuda {
@@ -19,6 +20,7 @@ CudaRow row_of() {
   CudaRow row = loop_row<Hierarchical<Mode>>();
   row.decode = decode_panel<Hierarchical<Mode>, 4>;
   row_product_slot<Decoder>(row);
+  row_grad_input_slot<Hierarchical<Mode>, 4>(row);
   return row;
 }
 

@@ -5,6 +5,7 @@
 #include "loops.cuh"
 #include "palette_decoder.cuh"
 #include "panel.cuh"
+#include "row_grad_input.cuh"
 #include "row_product.cuh"
 
 namespace rs::cuda {
@@ -25,10 +26,12 @@ CudaRow row_of(bool grouped) {
   if constexpr (std::is_same_v<Index, DenseIndex<3>>) {
     row.decode = decode_panel<Codec, 3>;
     row_product_slot<Dense3>(row);
+    row_grad_input_slot<Codec, 3>(row);
   }
   if constexpr (std::is_same_v<Index, DenseIndex<4>>) {
     row.decode = decode_panel<Codec, 4>;
     row_product_slot<Dense4>(row);
+    row_grad_input_slot<Codec, 4, true>(row);  // tiles of two weights
   }
   if constexpr (std::is_same_v<Index, WordIndex>) row_product_slot<Words3>(row);
   return row;

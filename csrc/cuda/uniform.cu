@@ -4,6 +4,7 @@
 #include "encode_slots.h"
 #include "loops.cuh"
 #include "panel.cuh"
+#include "row_grad_input.cuh"
 #include "row_product.cuh"
 #include "uniform_decoder.cuh"
 
@@ -24,7 +25,10 @@ CudaRow row_of(int64_t group) {
   using Codec = Uniform<Bits, Symmetric>;
   CudaRow row = loop_row<Codec>();
   if constexpr (Bits == 4 || Bits == 8) {
-    if (group % 8 == 0) row.decode = decode_panel<Codec, Bits>;
+    if (group % 8 == 0) {
+      row.decode = decode_panel<Codec, Bits>;
+      row_grad_input_slot<Codec, Bits>(row);
+    }
     if (group % kGroupUnit == 0) row_product_slot<Decoders<Bits, Symmetric>::template Of>(row);
   }
   return row;
