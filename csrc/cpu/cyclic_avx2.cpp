@@ -1,9 +1,11 @@
-// Sums of cyclic codes on AVX2, a row at a time and 16 codes at once: levels by vpshufb, dot
-// products one by one from tables that stay in the first cache, pairs of products by vpmaddwd.
+// Sums of cyclic codes on AVX2: 16 codes are taken apart at once, levels by vpshufb, pairs of
+// products added by vpmaddwd.
 #include "cyclic_product.h"
 #include "fast.h"
+#include "integers.h"
 
 #if RS_FAST_X86
+#include <bit>
 #include <cstring>
 
 #include <immintrin.h>
@@ -15,8 +17,7 @@ namespace rs {
 namespace {
 
 #define RS_INLINE __attribute__((always_inline)) inline
-
-constexpr int64_t kStrip = 32;  // columns
+#define RS_LAMBDA __attribute__((always_inline))
 
 RS_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -35,15 +36,15 @@ RS_INLINE __m256i turn_of(__m256i words) {  // phase in bits 12 to 15, diff in 1
 }
 
 // Levels and indices of 16 codes.
-struct Fields {
+struct Pair {
   __m256i level, index;
 };
-RS_INLINE Fields fields(Cyclic16Word, const uint8_t* codes) {
+RS_INLINE Pair fields(Cyclic16Word, const uint8_t* codes) {
   const __m256i w = load(codes);
   return {level(_mm256_srli_epi16(w, 12), _mm256_and_si256(w, _mm256_set1_epi16(15))),
           _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi16(255))};
 }
-RS_INLINE Fields fields(CyclicCompoundWord, const uint8_t* codes) {
+RS_INLINE Pair fields(CyclicCompoundWord, const uint8_t* codes) {
   const __m256i w = load(codes);
   return {level(turn_of(w), _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi16(63))),
           _mm256_and_si256(w, _mm256_set1_epi16(15))};
@@ -52,7 +53,7 @@ RS_INLINE Fields fields(CyclicCompoundWord, const uint8_t* codes) {
 RS_INLINE __m256i join(__m256i a, __m256i b) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);
 }
-RS_INLINE Fields fields(Cyclic32Word, const uint8_t* codes) {
+RS_INLINE Pair fields(Cyclic32Word, const uint8_t* codes) {
   const __m256i a = load(codes), b = load(codes + 32), half = _mm256_set1_epi32(0xFFFF);
   const __m256i low = join(_mm256_and_si256(a, half), _mm256_and_si256(b, half)),
                 high = join(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
@@ -60,62 +61,82 @@ RS_INLINE Fields fields(Cyclic32Word, const uint8_t* codes) {
           _mm256_and_si256(low, _mm256_set1_epi16(255))};
 }
 
-template <int Stride>
-struct Bases {
-  alignas(32) int16_t at[16]{};
-  constexpr Bases() {
-    for (int i = 0; i < 16; ++i) at[i] = static_cast<int16_t>(i * Stride);
+using Part = __m128i;
+
+// The first `bytes` of 64, the rest zero.
+RS_INLINE const uint8_t* whole_line(const uint8_t* codes, int64_t bytes, int64_t line,
+                                    uint8_t* room) {
+  if (bytes >= line) return codes;
+  std::memset(room, 0, static_cast<size_t>(line));
+  std::memcpy(room, codes, static_cast<size_t>(bytes));
+  return room;
+}
+
+template <int Shift, class Word>
+RS_INLINE void take_apart(Word word, const uint8_t* codes, int64_t left, Part* level, Part* index) {
+  uint8_t room[32 * Word::kBytes];
+  codes = whole_line(codes, left * Word::kBytes, 32 * Word::kBytes, room);  // code 0 has level 0
+  for (int i = 0; i < 4; i += 2, codes += 16 * Word::kBytes) {
+    const Pair f = fields(word, codes);
+    const __m256i at = _mm256_slli_epi16(f.index, Shift);
+    level[i] = _mm256_castsi256_si128(f.level);
+    level[i + 1] = _mm256_extracti128_si256(f.level, 1);
+    index[i] = _mm256_castsi256_si128(at);
+    index[i + 1] = _mm256_extracti128_si256(at, 1);
+  }
+}
+
+RS_INLINE void add_wide(int64_t* sums, __m256i more) {
+  auto* to = reinterpret_cast<__m256i*>(sums);
+  _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), more));
+}
+
+template <int Lanes>
+struct Side;
+template <>
+struct Side<8> {
+  using Words = __m128i;
+  RS_INLINE static Words zero() { return _mm_setzero_si128(); }
+  RS_INLINE static Words load(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm_unpacklo_epi16(a, b); }
+  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm_unpackhi_epi16(a, b); }
+  RS_INLINE static Words pair(int32_t words) { return _mm_set1_epi32(words); }
+  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
+    return _mm_add_epi32(sum, _mm_madd_epi16(a, b));
+  }
+  RS_INLINE static void add_to(int64_t* sums, Words s) { add_wide(sums, _mm256_cvtepi32_epi64(s)); }
+  RS_INLINE static void add_to(int64_t* sums, Words low, Words high) {
+    add_wide(sums, _mm256_add_epi64(_mm256_cvtepi32_epi64(low),
+                                    _mm256_slli_epi64(_mm256_cvtepi32_epi64(high), 8)));
+  }
+};
+template <>
+struct Side<16> {
+  using Words = __m256i;
+  RS_INLINE static Words zero() { return _mm256_setzero_si256(); }
+  RS_INLINE static Words load(const void* p) { return rs::load(p); }
+  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm256_unpacklo_epi16(a, b); }
+  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm256_unpackhi_epi16(a, b); }
+  RS_INLINE static Words pair(int32_t words) { return _mm256_set1_epi32(words); }
+  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  }
+  template <class... More>
+  RS_INLINE static void add_to(int64_t* sums, Words s, More... high) {
+    Side<8>::add_to(sums, _mm256_castsi256_si128(s), _mm256_castsi256_si128(high)...);
+    Side<8>::add_to(sums + 4, _mm256_extracti128_si256(s, 1), _mm256_extracti128_si256(high, 1)...);
   }
 };
 
-// Products of 16 codes with their columns' dot products, in four 64-bit sums.
-template <class Word>
-RS_INLINE __m256i products(const uint8_t* codes, const int16_t* table) {
-  static constexpr Bases<Word::kVectors> kBases;
-  const Fields f = fields(Word(), codes);
-  alignas(32) uint16_t at[16];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(at), _mm256_add_epi16(f.index, load(kBases.at)));
-  const __m256i dots = _mm256_setr_epi16(
-      table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]], table[at[5]],
-      table[at[6]], table[at[7]], table[at[8]], table[at[9]], table[at[10]], table[at[11]],
-      table[at[12]], table[at[13]], table[at[14]], table[at[15]]);
-  const __m256i pairs = _mm256_madd_epi16(f.level, dots);
-  return _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(pairs)),
-                          _mm256_cvtepi32_epi64(_mm256_extracti128_si256(pairs, 1)));
-}
+}  // namespace
+}  // namespace rs
 
-template <class Word>
-void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                  const int16_t* table, int64_t* sums) {
-  const uint8_t* ahead = codes + rows * row_bytes;  // the next rows, fetched in their order
-  for (int64_t r = 0; r < rows; ++r) sums[r] = 0;
-  for (int64_t c = 0; c < columns; c += kStrip, table += kStrip * Word::kVectors) {
-    const int64_t width = columns - c < kStrip ? columns - c : kStrip;
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* row = codes + r * row_bytes + c * Word::kBytes;
-      uint8_t rest[kStrip * Word::kBytes];
-      if (width < kStrip) {  // code 0 has level 0
-        std::memset(rest, 0, sizeof rest);
-        std::memcpy(rest, row, static_cast<size_t>(width * Word::kBytes));
-        row = rest;
-      }
-      for (int i = 0; i < Word::kBytes; i += 2, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-      const __m256i sum =
-          _mm256_add_epi64(products<Word>(row, table),
-                           products<Word>(row + 16 * Word::kBytes, table + 16 * Word::kVectors));
-      const __m128i two =
-          _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-      sums[r] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
-    }
-  }
-}
+#include "cyclic_loops.h"
 
-template <class Word>
-void sums_of_batch(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                   const int16_t* const* tables, int64_t batch, int64_t* sums) {
-  for (int64_t b = 0; b < batch; ++b)
-    sums_of_rows<Word>(codes, row_bytes, rows, columns, tables[b], sums + b * rows);
-}
+namespace rs {
+namespace {
 
 void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
              int32_t* bins) {
@@ -136,21 +157,27 @@ void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t 
 #pragma GCC pop_options
 
 namespace rs {
+namespace {
+
+template <class Word>
+CyclicSums sums_for(int lanes) {
+  return lanes == 1    ? sums_of_one<Word>
+         : lanes == 8  ? sums_of_lanes<Word, 8, 1>
+         : lanes == 16 ? sums_of_lanes<Word, 16, 1>
+                       : nullptr;
+}
+}  // namespace
 
 void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
                          int32_t* bins) {
   scatter(level, bin, g, rows, bins);
 }
 
-RS_CYCLIC_SUMS(avx2, Cyclic16Word) {
-  sums_of_batch<Cyclic16Word>(codes, row_bytes, rows, columns, tables, batch, sums);
+CyclicSums cyclic_sums_avx2(Cyclic16Word, int lanes) { return sums_for<Cyclic16Word>(lanes); }
+CyclicSums cyclic_sums_avx2(CyclicCompoundWord, int lanes) {
+  return sums_for<CyclicCompoundWord>(lanes);
 }
-RS_CYCLIC_SUMS(avx2, CyclicCompoundWord) {
-  sums_of_batch<CyclicCompoundWord>(codes, row_bytes, rows, columns, tables, batch, sums);
-}
-RS_CYCLIC_SUMS(avx2, Cyclic32Word) {
-  sums_of_batch<Cyclic32Word>(codes, row_bytes, rows, columns, tables, batch, sums);
-}
+CyclicSums cyclic_sums_avx2(Cyclic32Word, int lanes) { return sums_for<Cyclic32Word>(lanes); }
 
 }  // namespace rs
 #endif

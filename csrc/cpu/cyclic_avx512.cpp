@@ -1,26 +1,17 @@
-// Sums of cyclic codes on AVX-512, 64 rows at a time and a cache line of codes of each.
-//
-// Four squares of 16 rows x 64 bytes are transposed so that a 32-bit lane holds the codes of one
-// row, and taken apart into levels and indices once for the whole batch. Then every column of 64
-// rows is looked up at once: a column's 256 dot products are two planes of bytes, the lower and the
-// upper; vpermi2b looks up 128 of a plane and the top bit of the index chooses. Unpacking makes
-// words of the planes and pairs of neighbouring columns of the words; vpdpwssd multiplies by the
-// levels and adds the pair. Levels of more than 11 bits would overflow: there the dot products are
-// split into bytes again. Of a compound word, two columns' dot products are one register.
+// Sums of cyclic codes on AVX-512: 32 codes are taken apart at once, pairs of products added by
+// vpdpwssd.
 #include "cyclic_product.h"
 #include "fast.h"
 
 #if RS_FAST_X86
 #include "avx512.h"
 
+#define RS_LAMBDA __attribute__((always_inline))
+
 namespace rs {
 namespace {
 
-constexpr __mmask32 kOdd = 0xAAAAAAAA;
-constexpr int kSquares = 4, kGroup = 16 * kSquares;  // rows
-// Rows whose fields are kept while the tables of the batch pass: 12 KB of them are in the first
-// cache with one table, 96 KB in the second, where fewer passes over the tables pay for it.
-constexpr int64_t kFewRows = 128, kManyRows = 1024;
+using Part = __m128i;
 
 struct Turns {
   alignas(64) int16_t at[32]{};
@@ -30,208 +21,130 @@ struct Turns {
 };
 constexpr Turns kTurns;
 
-// Lane r of out[i] is lane i of the line at rows[r].
-RS_INLINE void transpose(const uint8_t* const* rows, __mmask64 mask, __m512i* out) {
-  __m512i a[16], b[16];
-  for (int r = 0; r < 16; ++r) a[r] = _mm512_maskz_loadu_epi8(mask, rows[r]);
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4)
-    for (int i = 0; i < 2; ++i) {
-      a[r + 2 * i] = _mm512_unpacklo_epi64(b[r + i], b[r + i + 2]);
-      a[r + 2 * i + 1] = _mm512_unpackhi_epi64(b[r + i], b[r + i + 2]);
-    }
-  // a[4 q + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 q to 4 q + 3.
-  for (int i = 0; i < 4; ++i) {
-    const __m512i low0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88),
-                  low1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88),
-                  high0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD),
-                  high1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
-    out[i] = _mm512_shuffle_i32x4(low0, low1, 0x88);
-    out[i + 8] = _mm512_shuffle_i32x4(low0, low1, 0xDD);
-    out[i + 4] = _mm512_shuffle_i32x4(high0, high1, 0x88);
-    out[i + 12] = _mm512_shuffle_i32x4(high0, high1, 0xDD);
-  }
-}
-
-// plane[index] for every byte.
-RS_INLINE __m512i lookup256(const uint8_t* plane, __m512i index, __mmask64 upper_half) {
-  return _mm512_mask_blend_epi8(
-      upper_half, _mm512_permutex2var_epi8(load(plane), index, load(plane + 64)),
-      _mm512_permutex2var_epi8(load(plane + 128), index, load(plane + 192)));
-}
-
 RS_INLINE __m512i turn_of(__m512i words) {  // phase in bits 12 to 15, diff in 10 and 11
   const __m512i diff = _mm512_and_si512(_mm512_srli_epi16(words, 8), _mm512_set1_epi16(12));
   return _mm512_add_epi16(_mm512_srli_epi16(words, 12), diff);  // below 32: the table repeats
 }
-RS_INLINE __m512i level(__m512i turn, __m512i amp) {
+RS_INLINE __m512i level_of(__m512i turn, __m512i amp) {
   return _mm512_mullo_epi16(_mm512_permutexvar_epi16(turn, load(kTurns.at)), amp);
 }
 
-// A 32-bit sum for each row of a square.
-struct Narrow {
-  __m512i sum[kSquares];
-  RS_INLINE void clear() {
-    for (__m512i& square : sum) square = _mm512_setzero_si512();
+RS_INLINE __m512i load_some(const uint8_t* codes, int64_t bytes) {
+  if (bytes >= 64) return load(codes);
+  return _mm512_maskz_loadu_epi8(bytes > 0 ? (1ull << bytes) - 1 : 0, codes);
+}
+
+struct Pair {
+  __m512i level, index;
+};
+RS_INLINE Pair fields(Cyclic16Word, const uint8_t* codes, int64_t left) {
+  const __m512i w = load_some(codes, 2 * left);
+  return {level_of(_mm512_srli_epi16(w, 12), _mm512_and_si512(w, _mm512_set1_epi16(15))),
+          _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(255))};
+}
+RS_INLINE Pair fields(CyclicCompoundWord, const uint8_t* codes, int64_t left) {
+  const __m512i w = load_some(codes, 2 * left);
+  const __m512i amp = _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(63));
+  return {level_of(turn_of(w), amp), _mm512_and_si512(w, _mm512_set1_epi16(15))};
+}
+RS_INLINE Pair fields(Cyclic32Word, const uint8_t* codes, int64_t left) {
+  const __m512i a = load_some(codes, 4 * left), b = load_some(codes + 64, 4 * left - 64);
+  const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
+                                         _mm512_cvtepi32_epi16(b), 1);
+  const __m512i high =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))),
+                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)), 1);
+  return {level_of(turn_of(high), _mm512_srli_epi16(low, 8)),
+          _mm512_and_si512(low, _mm512_set1_epi16(255))};
+}
+
+RS_INLINE void cut(__m512i whole, Part* parts) {
+  parts[0] = _mm512_castsi512_si128(whole);
+  parts[1] = _mm512_extracti32x4_epi32(whole, 1);
+  parts[2] = _mm512_extracti32x4_epi32(whole, 2);
+  parts[3] = _mm512_extracti32x4_epi32(whole, 3);
+}
+template <int Shift, class Word>
+RS_INLINE void take_apart(Word word, const uint8_t* codes, int64_t left, Part* level, Part* index) {
+  const Pair f = fields(word, codes, left);
+  cut(f.level, level);
+  cut(_mm512_slli_epi16(f.index, Shift), index);
+}
+
+RS_INLINE void add_wide(int64_t* sums, __m512i more) {
+  _mm512_storeu_si512(sums, _mm512_add_epi64(load(sums), more));
+}
+
+template <int Lanes>
+struct Side;
+template <>
+struct Side<8> {
+  using Words = __m128i;
+  RS_INLINE static Words zero() { return _mm_setzero_si128(); }
+  RS_INLINE static Words load(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
   }
-  RS_INLINE void add(int square, __m512i level, __m512i dot) {
-    sum[square] = _mm512_dpwssd_epi32(sum[square], level, dot);
+  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm_unpacklo_epi16(a, b); }
+  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm_unpackhi_epi16(a, b); }
+  RS_INLINE static Words pair(int32_t words) { return _mm_set1_epi32(words); }
+  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
+    return _mm_dpwssd_epi32(sum, a, b);
   }
-  RS_INLINE __m512i total(int square, int half) const {  // of eight rows
-    return _mm512_cvtepi32_epi64(half ? _mm512_extracti64x4_epi64(sum[square], 1)
-                                      : _mm512_castsi512_si256(sum[square]));
+  RS_INLINE static void add(int64_t* sums, __m256i more) {
+    auto* to = reinterpret_cast<__m256i*>(sums);
+    _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), more));
+  }
+  RS_INLINE static void add_to(int64_t* sums, Words s) { add(sums, _mm256_cvtepi32_epi64(s)); }
+  RS_INLINE static void add_to(int64_t* sums, Words low, Words high) {
+    add(sums, _mm256_add_epi64(_mm256_cvtepi32_epi64(low),
+                               _mm256_slli_epi64(_mm256_cvtepi32_epi64(high), 8)));
   }
 };
-struct Split {
-  Narrow high, low;
-  RS_INLINE void clear() {
-    high.clear();
-    low.clear();
+template <>
+struct Side<16> {
+  using Words = __m256i;
+  RS_INLINE static Words zero() { return _mm256_setzero_si256(); }
+  RS_INLINE static Words load(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
-  RS_INLINE void add(int square, __m512i level, __m512i dot) {
-    const __m512i byte = _mm512_srai_epi16(_mm512_add_epi16(dot, _mm512_set1_epi16(128)), 8);
-    high.add(square, level, byte);
-    low.add(square, level, _mm512_sub_epi16(dot, _mm512_slli_epi16(byte, 8)));
+  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm256_unpacklo_epi16(a, b); }
+  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm256_unpackhi_epi16(a, b); }
+  RS_INLINE static Words pair(int32_t words) { return _mm256_set1_epi32(words); }
+  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
+    return _mm256_dpwssd_epi32(sum, a, b);
   }
-  RS_INLINE __m512i total(int square, int half) const {
-    return _mm512_add_epi64(_mm512_slli_epi64(high.total(square, half), 8),
-                            low.total(square, half));
+  RS_INLINE static void add_to(int64_t* sums, Words s) { add_wide(sums, _mm512_cvtepi32_epi64(s)); }
+  RS_INLINE static void add_to(int64_t* sums, Words low, Words high) {
+    add_wide(sums, _mm512_add_epi64(_mm512_cvtepi32_epi64(low),
+                                    _mm512_slli_epi64(_mm512_cvtepi32_epi64(high), 8)));
+  }
+};
+template <>
+struct Side<32> {
+  using Words = __m512i;
+  RS_INLINE static Words zero() { return _mm512_setzero_si512(); }
+  RS_INLINE static Words load(const void* p) { return _mm512_loadu_si512(p); }
+  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm512_unpacklo_epi16(a, b); }
+  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm512_unpackhi_epi16(a, b); }
+  RS_INLINE static Words pair(int32_t words) { return _mm512_set1_epi32(words); }
+  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
+    return _mm512_dpwssd_epi32(sum, a, b);
+  }
+  template <class... More>
+  RS_INLINE static void add_to(int64_t* sums, Words s, More... high) {
+    Side<16>::add_to(sums, _mm512_castsi512_si256(s), _mm512_castsi512_si256(high)...);
+    Side<16>::add_to(sums + 8, _mm512_extracti64x4_epi64(s, 1),
+                     _mm512_extracti64x4_epi64(high, 1)...);
   }
 };
 
-// Two neighbouring columns of 64 rows. Levels: both columns' words in the 32-bit lane of a row.
-// Indices: bytes of one column each, so placed that unpacking returns them to the rows' lanes; of a
-// compound word like the levels.
-template <class Word>
-struct Fields {
-  __m512i level[kSquares], index[Word::kVectors == 16 ? kSquares : 2];
-};
+}  // namespace
+}  // namespace rs
 
-// Bytes in the low bits of 32-bit lanes: byte 4 s + t of 128-bit lane q is lane 4 q + t of square
-// s.
-RS_INLINE __m512i bytes_of(const __m512i* lanes) {
-  return _mm512_packus_epi16(_mm512_packus_epi32(lanes[0], lanes[1]),
-                             _mm512_packus_epi32(lanes[2], lanes[3]));
-}
+#include "cyclic_loops.h"
 
-// squares[s][i]: the i-th 32 bits of a line of every row of square s.
-RS_INLINE void take_apart(const __m512i (*squares)[16], Fields<Cyclic16Word>* to) {
-  const __m512i amps = _mm512_set1_epi16(15), byte = _mm512_set1_epi32(255);
-  for (int i = 0; i < 16; ++i, ++to) {
-    __m512i index[2][kSquares];
-    for (int s = 0; s < kSquares; ++s) {
-      const __m512i w = squares[s][i];
-      to->level[s] = level(_mm512_srli_epi16(w, 12), _mm512_and_si512(w, amps));
-      index[0][s] = _mm512_and_si512(_mm512_srli_epi32(w, 4), byte);
-      index[1][s] = _mm512_and_si512(_mm512_srli_epi32(w, 20), byte);
-    }
-    for (int c = 0; c < 2; ++c) to->index[c] = bytes_of(index[c]);
-  }
-}
-RS_INLINE void take_apart(const __m512i (*squares)[16], Fields<CyclicCompoundWord>* to) {
-  const __m512i vectors = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16),
-                amps = _mm512_set1_epi16(63);
-  for (int i = 0; i < 16; ++i, ++to)
-    for (int s = 0; s < kSquares; ++s) {
-      const __m512i w = squares[s][i];
-      to->level[s] = level(turn_of(w), _mm512_and_si512(_mm512_srli_epi16(w, 4), amps));
-      to->index[s] = _mm512_or_si512(_mm512_and_si512(w, vectors), second);
-    }
-}
-RS_INLINE void take_apart(const __m512i (*squares)[16], Fields<Cyclic32Word>* to) {
-  const __m512i byte = _mm512_set1_epi32(255);
-  for (int i = 0; i < 16; i += 2, ++to) {
-    __m512i index[2][kSquares];
-    for (int s = 0; s < kSquares; ++s) {
-      const __m512i a = squares[s][i], b = squares[s][i + 1];
-      const __m512i low = _mm512_mask_blend_epi16(kOdd, a, _mm512_slli_epi32(b, 16)),
-                    high = _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(a, 16), b);
-      to->level[s] = level(turn_of(high), _mm512_srli_epi16(low, 8));
-      index[0][s] = _mm512_and_si512(a, byte);
-      index[1][s] = _mm512_and_si512(b, byte);
-    }
-    for (int c = 0; c < 2; ++c) to->index[c] = bytes_of(index[c]);
-  }
-}
-
-// Adds the two columns whose dot products begin at `table`.
-template <class Word, class Sums>
-RS_INLINE void add_columns(const Fields<Word>& f, const int16_t* table, Sums& sums) {
-  if constexpr (Word::kVectors == 16) {
-    for (int s = 0; s < kSquares; ++s)
-      sums.add(s, f.level[s], _mm512_permutexvar_epi16(f.index[s], load(table)));
-  } else {
-    __m512i words[2][2];
-    for (int c = 0; c < 2; ++c) {
-      const auto* planes = reinterpret_cast<const uint8_t*>(table + c * Word::kVectors);
-      const __mmask64 upper_half = _mm512_movepi8_mask(f.index[c]);
-      const __m512i low = lookup256(planes, f.index[c], upper_half),
-                    high = lookup256(planes + 256, f.index[c], upper_half);
-      words[c][0] = _mm512_unpacklo_epi8(low, high);
-      words[c][1] = _mm512_unpackhi_epi8(low, high);
-    }
-    for (int s = 0; s < kSquares; s += 2) {
-      const __m512i a = words[0][s / 2], b = words[1][s / 2];
-      sums.add(s, f.level[s], _mm512_unpacklo_epi16(a, b));
-      sums.add(s + 1, f.level[s + 1], _mm512_unpackhi_epi16(a, b));
-    }
-  }
-}
-
-// sums += the sums of 64 rows, of which `rows` are there.
-template <class Sums>
-RS_INLINE void add_to(int64_t* sums, int64_t rows, const Sums& acc) {
-  for (int part = 0; part < 2 * kSquares && 8 * part < rows; ++part, sums += 8) {
-    const int64_t left = rows - 8 * part;
-    const __mmask8 lanes = static_cast<__mmask8>(left >= 8 ? 255 : (1 << left) - 1);
-    const __m512i sum =
-        _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, sums), acc.total(part / 2, part % 2));
-    _mm512_mask_storeu_epi64(sums, lanes, sum);
-  }
-}
-
-template <class Word, class Sums>
-void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                  const int16_t* const* tables, int64_t batch, int64_t* sums) {
-  constexpr int64_t kColumns = 64 / Word::kBytes, kPairs = kColumns / 2;
-  const uint8_t* ahead = codes + rows * row_bytes;  // the next rows, fetched in their order
-  for (int64_t i = 0; i < batch * rows; ++i) sums[i] = 0;
-  Fields<Word> fields[kManyRows / kGroup * kPairs];
-  const int64_t step = batch == 1 ? kFewRows : kManyRows;
-  for (int64_t r0 = 0; r0 < rows; r0 += step) {
-    const int64_t r1 = rows - r0 < step ? rows : r0 + step;
-    for (int64_t c = 0; c < columns; c += kColumns) {
-      const int64_t bytes = (columns - c) * Word::kBytes;
-      const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
-      Fields<Word>* to = fields;
-      for (int64_t r = r0; r < r1; r += kGroup, to += kPairs) {
-        const uint8_t* line[kGroup];
-        for (int i = 0; i < kGroup; ++i, ahead += 64) {
-          line[i] = codes + (r + i < r1 ? r + i : r1 - 1) * row_bytes + c * Word::kBytes;
-          _mm_prefetch(ahead, _MM_HINT_T1);
-        }
-        __m512i squares[kSquares][16];
-        for (int s = 0; s < kSquares; ++s) transpose(line + 16 * s, mask, squares[s]);
-        take_apart(squares, to);
-      }
-      for (int64_t x = 0; x < batch; ++x) {
-        const Fields<Word>* from = fields;
-        for (int64_t r = r0; r < r1; r += kGroup) {
-          const int16_t* table = tables[x] + c * Word::kVectors;
-          Sums acc;
-          acc.clear();
-#pragma GCC unroll 1
-          for (int i = 0; i < kPairs; ++i, ++from, table += 2 * Word::kVectors)
-            add_columns<Word>(*from, table, acc);
-          add_to(sums + x * rows + r, r1 - r, acc);
-        }
-      }
-    }
-  }
-}
+namespace rs {
+namespace {
 
 void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
              int32_t* bins) {
@@ -250,21 +163,28 @@ void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t 
 #pragma GCC pop_options
 
 namespace rs {
+namespace {
+
+template <class Word>
+CyclicSums sums_for(int lanes) {
+  constexpr int kWide = kMostParts<Word> < 2 ? 1 : 2;
+  return lanes == 1    ? sums_of_one<Word>
+         : lanes == 8  ? sums_of_lanes<Word, 8, 1>
+         : lanes == 16 ? sums_of_lanes<Word, 16, 1>
+                       : sums_of_lanes<Word, 32, kWide>;
+}
+}  // namespace
 
 void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
                            int32_t* bins) {
   scatter(level, bin, g, rows, bins);
 }
 
-RS_CYCLIC_SUMS(avx512, Cyclic16Word) {
-  sums_of_rows<Cyclic16Word, Narrow>(codes, row_bytes, rows, columns, tables, batch, sums);
+CyclicSums cyclic_sums_avx512(Cyclic16Word, int lanes) { return sums_for<Cyclic16Word>(lanes); }
+CyclicSums cyclic_sums_avx512(CyclicCompoundWord, int lanes) {
+  return sums_for<CyclicCompoundWord>(lanes);
 }
-RS_CYCLIC_SUMS(avx512, CyclicCompoundWord) {
-  sums_of_rows<CyclicCompoundWord, Split>(codes, row_bytes, rows, columns, tables, batch, sums);
-}
-RS_CYCLIC_SUMS(avx512, Cyclic32Word) {
-  sums_of_rows<Cyclic32Word, Split>(codes, row_bytes, rows, columns, tables, batch, sums);
-}
+CyclicSums cyclic_sums_avx512(Cyclic32Word, int lanes) { return sums_for<Cyclic32Word>(lanes); }
 
 }  // namespace rs
 #endif

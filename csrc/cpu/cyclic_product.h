@@ -14,27 +14,32 @@
 
 namespace rs {
 
-// Entries of a table of dot products are at most this in magnitude. With 8 bits to split off, the
-// upper part is still a byte.
+// Dot products of 16 bits are at most this in magnitude.
 constexpr int kCyclicTop = 32512;
+constexpr int64_t kCyclicStrip = 32;  // tables go on with zeros up to a multiple of so many columns
 
-// sums[b * rows + r] = sum over columns c of level(code) * tables[b][c * kVectors + index(code)]
-// for the codes of row r at codes + r * row_bytes. Tables go on with zeros up to a multiple of 32
-// columns.
+// A table holds the dot products of 1, 8, 16 or 32 rows of x side by side, row b in the lane to
+// which unpacking neighbouring columns' words and adding them in pairs returns it.
+constexpr int kCyclicMostLanes = 32;
+constexpr int cyclic_lane(int b, int lanes) {
+  if (lanes == 1) return 0;
+  const int half = lanes / 2, at = b % half;
+  return 4 * (2 * (at / 4) + b / half) + at % 4;
+}
+
+// sums[r * lanes + b] = sum over columns c of
+//     level(code) * table[(c * kVectors + index(code)) * lanes + cyclic_lane(b, lanes)]
+// for the codes of row r at codes + r * row_bytes.
 using CyclicSums = void (*)(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                            const int16_t* const* tables, int64_t batch, int64_t* sums);
+                            const int16_t* table, int64_t* sums);
 
-// One for each word, told apart by the tag.
-#define RS_CYCLIC_SUMS(isa, Word)                                                      \
-  void cyclic_sums_##isa(Word, const uint8_t* codes, int64_t row_bytes, int64_t rows,  \
-                         int64_t columns, const int16_t* const* tables, int64_t batch, \
-                         int64_t* sums)
-RS_CYCLIC_SUMS(avx2, Cyclic16Word);
-RS_CYCLIC_SUMS(avx2, CyclicCompoundWord);
-RS_CYCLIC_SUMS(avx2, Cyclic32Word);
-RS_CYCLIC_SUMS(avx512, Cyclic16Word);
-RS_CYCLIC_SUMS(avx512, CyclicCompoundWord);
-RS_CYCLIC_SUMS(avx512, Cyclic32Word);
+// The kernel for a word, told by the tag, and so many lanes. Null: there is none.
+CyclicSums cyclic_sums_avx2(Cyclic16Word, int lanes);
+CyclicSums cyclic_sums_avx2(CyclicCompoundWord, int lanes);
+CyclicSums cyclic_sums_avx2(Cyclic32Word, int lanes);
+CyclicSums cyclic_sums_avx512(Cyclic16Word, int lanes);
+CyclicSums cyclic_sums_avx512(CyclicCompoundWord, int lanes);
+CyclicSums cyclic_sums_avx512(Cyclic32Word, int lanes);
 
 // bins[bin[r]][lane] += level[r] * g[r][lane] for all rows r, kCyclicLanes of the batch at once.
 constexpr int kCyclicLanes = 16;
@@ -52,5 +57,7 @@ void cyclic_decode_avx512_slots(Cyclic32Word, Row& row);
 
 template <class Word>
 void cyclic_product_slots(Row& row, bool integers, Isa isa);
+template <class Word>
+void cyclic_grad_input_slot(Row& row, Isa isa);
 
 }  // namespace rs
