@@ -1,0 +1,205 @@
+// The product and the gradient to its input: by a codec's own slots, row by row, or in panels.
+#include <algorithm>
+
+#include "../bind.h"
+#include "clones.h"
+#include "half.h"
+#include "ops.h"
+#include "parallel.h"
+#include "terms.h"
+
+namespace rs {
+namespace {
+
+// Rows per panel: about `elements` weights, whole blocks.
+int64_t panel_rows(const Row& row, const Layer& layer, int64_t elements) {
+  const int64_t unit = block_rows(row);
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, layer.in * unit)) * unit;
+}
+
+// Weights decoded at a time where they are used at once: 128 KB, in the second-level cache.
+constexpr int64_t kChunk = int64_t{1} << 15;
+
+RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}
+
+// Rows [row0, row1) of T rounded to bfloat16, by way of float32 where the codec has no other.
+void decode_narrow(const Row& row, const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  if (row.decode_bf16) return row.decode_bf16(layer, row0, row1, w);
+  const int64_t step = std::max<int64_t>(1, kChunk / (row.tile.rows * layer.in)) * row.tile.rows;
+  std::vector<float> wide(static_cast<size_t>(std::min(step, row1 - row0) * layer.in));
+  for (int64_t r = row0; r < row1; r += step) {
+    const int64_t end = std::min(r + step, row1);
+    row.decode(layer, r, end, wide.data());
+    narrow(wide.data(), (end - r) * layer.in, w + (r - row0) * layer.in);
+  }
+}
+
+// Rows [row0, row1) of T as a panel of float32 or bfloat16.
+void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
+  const bool half = panel.scalar_type() == at::kBFloat16;
+  parallel_for((row1 - row0) / row.tile.rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = row0 + begin * row.tile.rows, last = row0 + end * row.tile.rows;
+    const int64_t at = (first - row0) * layer.in;
+    if (!half) return row.decode(layer, first, last, panel.data_ptr<float>() + at);
+    auto* out = reinterpret_cast<uint16_t*>(panel.data_ptr<at::BFloat16>()) + at;
+    decode_narrow(row, layer, first, last, out);
+  });
+}
+
+struct Panels {
+  const Row& row;
+  const Layer& layer;
+  int64_t rows;
+  at::Tensor buffer;
+
+  Panels(const Row& row, const Layer& layer, int64_t elements, at::ScalarType type)
+      : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
+    // Kept by the thread: fresh pages for every call cost as much as decoding into them.
+    thread_local at::Tensor kept[2];
+    at::Tensor& pages = kept[type == at::kFloat];
+    if (!pages.defined() || pages.numel() < rows * layer.in)
+      pages = at::empty({rows * layer.in}, type);
+    buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
+  }
+  template <class Visit>
+  void each(Visit&& visit) {
+    for (int64_t r = 0; r < layer.out; r += rows) {
+      const int64_t n = std::min(rows, layer.out - r);
+      at::Tensor panel = buffer.narrow(0, 0, n);
+      fill_panel(row, layer, r, r + n, panel);
+      visit(r, n, panel);
+    }
+  }
+};
+
+// Weights per panel. A product's panels stay in the second-level cache. The gradient to the input
+// is a sum over panels, so there larger ones save passes over the sum (16 MB of bfloat16).
+int64_t product_panel(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : int64_t{1} << 21; }
+int64_t input_gradient_panel(int64_t batch) {
+  return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
+}
+
+at::ScalarType panel_type() { return bf16_panels() ? at::kBFloat16 : at::kFloat; }
+
+// Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
+constexpr int64_t kRowProduct = 8;
+
+RS_CLONES float dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t kLanes = 64;  // partial sums in a fixed order, whatever the vector width
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  for (; i < n; ++i) lanes[i % kLanes] += a[i] * b[i];
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// y[m * out] = x[m * in] @ T^T in float32. Rows are decoded a few at a time: they stay in the
+// second-level cache, and a codec builds its tables once for all of them.
+void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
+  const int64_t in = layer.in, chunk = panel_rows(row, layer, kChunk);
+  parallel_for(layer.out, chunk, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(static_cast<size_t>(chunk * in));
+    for (int64_t r = begin; r < end; r += chunk) {
+      const int64_t rows = std::min(chunk, end - r);
+      row.decode(layer, r, r + rows, w.data());
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t b = 0; b < m; ++b)
+          y[b * layer.out + r + i] = dot(w.data() + i * in, x + b * in, in);
+    }
+  });
+}
+
+// Exact accuracy takes the slots' own products only when they are made in float32.
+bool may_compute_so(const Row& row) {
+  return !exact() || std::string_view(row.linear_type) == "float32";
+}
+
+at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
+                       at::ScalarType result) {
+  const int64_t m = x.size(0);
+  const bool direct = row.linear && m <= row.linear_max_m && may_compute_so(row);
+  const bool by_row = !direct && m <= kRowProduct;
+  const auto type = direct || by_row ? at::kFloat : panel_type();
+  const at::Tensor inside =
+      through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
+  at::Tensor y = at::empty({m, layer.out}, type);
+  if (direct) {
+    row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+  } else if (by_row) {
+    row_product(row, layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+  } else {
+    Panels panels(row, layer, product_panel(m), type);
+    panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+      y.narrow(1, r, n).copy_(at::mm(inside, panel.t()));
+    });
+  }
+  return through_frame(y, shape.out, shape.out, nullptr, row.out_block, param(layer, row.out_scale),
+                       result);
+}
+
+at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
+                           at::ScalarType result) {
+  const bool direct = row.linear_grad_input && may_compute_so(row);
+  const auto type = direct ? at::kFloat : panel_type();
+  const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
+                                          row.out_block, nullptr, type);
+  if (direct) {
+    const at::Tensor dx = at::empty({grad.size(0), layer.in});
+    row.linear_grad_input(layer, inside.data_ptr<float>(), grad.size(0), dx.data_ptr<float>());
+    return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
+                         result);
+  }
+  Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
+  at::Tensor dx = at::empty({grad.size(0), layer.in});
+  at::Tensor part = at::empty({grad.size(0), layer.in}, type);
+  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+    at::mm_out(part, inside.narrow(1, r, n), panel);
+    if (r)
+      dx.add_(part);
+    else
+      dx.copy_(part);
+  });
+  return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
+                       result);
+}
+
+// Checks x (..., from) and gives (..., to) in its dtype: the sum of `product` over the terms, in
+// float32 where there are several.
+template <class Product>
+at::Tensor sum_terms(const char* name, const at::Tensor& x, const Bound& bound,
+                     c10::string_view codec, int64_t from, int64_t to, Product&& product) {
+  check_activation(name, x, from, codec);
+  auto sizes = x.sizes().vec();
+  sizes.back() = to;
+  const at::Tensor rows = flat(x, from);
+  if (!rows.numel() || !to) return at::zeros(sizes, x.options());
+  const auto type = bound.layers.size() == 1 ? x.scalar_type() : at::kFloat;
+  at::Tensor sum;
+  for (size_t t = 0; t < bound.layers.size(); ++t) {
+    const at::Tensor term =
+        product((*bound.terms)[t].row, bound.layers[t], bound.shape, rows, type);
+    sum = sum.defined() ? sum + term : term;
+  }
+  return sum.to(x.scalar_type()).view(sizes);
+}
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, at::TensorList params,
+                  c10::string_view codec, at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  return sum_terms("x", x, bound, codec, bound.shape.in, bound.shape.out, term_linear);
+}
+
+at::Tensor linear_grad_input(const at::Tensor& grad, const at::Tensor& codes, at::TensorList params,
+                             c10::string_view codec, at::IntArrayRef shape) {
+  const Bound bound = bind_layers(codes, params, codec, shape);
+  return sum_terms("grad", grad, bound, codec, bound.shape.out, bound.shape.in, term_grad_input);
+}
+
+}  // namespace rs
