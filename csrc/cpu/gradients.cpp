@@ -1,9 +1,14 @@
 // The gradients of params: dLoss/dW block by block, through the frame, to the adjoint slots.
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 
 #include "../bind.h"
 #include "clones.h"
+#include "fast.h"
+#include "frame.h"
 #include "ops.h"
+#include "outer.h"
 #include "parallel.h"
 #include "terms.h"
 
@@ -24,56 +29,129 @@ struct BlockGrads {
       pointers.push_back(sliced ? whole : own.back().data());
     }
   }
+  int64_t size() const {
+    int64_t floats = 0;
+    for (const std::vector<float>& one : own) floats += static_cast<int64_t>(one.size());
+    return floats;
+  }
   void add_to(Tensors& grads) const {
     for (size_t i = 0; i < own.size(); ++i)
       for (size_t j = 0; j < own[i].size(); ++j) grads[i].data_ptr<float>()[j] += own[i][j];
   }
 };
 
-// One row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into dLoss/dp, returns
-// dLoss/dso.
+using Lanes =
+    float __attribute__((vector_size(64)));  // partial sums in a fixed order on any machine
+constexpr int64_t kLanes = 16;
+
+// `count` values; the other lanes are zero.
+__attribute__((always_inline)) inline Lanes lanes(const float* x, int64_t count) {
+  Lanes v = {};
+  std::memcpy(&v, x, static_cast<size_t>(count) * sizeof(float));
+  return v;
+}
+
+// `count` values of one row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into
+// dLoss/dp, adds to the lanes of dLoss/dso.
+__attribute__((always_inline)) inline void scale_lanes(const float* p, float* d, int64_t count,
+                                                       float so, const float* si, float* dsi,
+                                                       Lanes& sum) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  Lanes dp = lanes(d, count), product = lanes(p, count) * dp;
+  if (si) {
+    const Lanes scale = lanes(si, count), dscale = lanes(dsi, count) + product * so;
+    std::memcpy(dsi, &dscale, bytes);
+    product *= scale;
+    dp *= scale;
+  }
+  sum += product;
+  dp *= so;
+  std::memcpy(d, &dp, bytes);
+}
+
 RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si,
                                 float* dsi) {
-  constexpr int64_t kLanes = 16;  // partial sums in a fixed order, whatever the vector width
-  float lanes[kLanes] = {};
-  auto one = [&](int64_t j, int64_t lane) {
-    const float scale = si ? si[j] : 1.0f, product = p[j] * d[j];
-    lanes[lane] += product * scale;
-    if (dsi) dsi[j] += product * so;
-    d[j] *= so * scale;
-  };
+  Lanes sum = {};
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) one(j + lane, lane);
-  for (; j < n; ++j) one(j, j % kLanes);
-  float sum = 0;
-  for (float lane : lanes) sum += lane;
-  return sum;
+  if (si)
+    for (; j + kLanes <= n; j += kLanes)
+      scale_lanes(p + j, d + j, kLanes, so, si + j, dsi + j, sum);
+  else
+    for (; j + kLanes <= n; j += kLanes) scale_lanes(p + j, d + j, kLanes, so, si, dsi, sum);
+  if (j < n) scale_lanes(p + j, d + j, n - j, so, si ? si + j : si, si ? dsi + j : dsi, sum);
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
 }
 
-// dW of one block of rows in the outer basis -> gradients of the frame's scales, then of T's
-// params.
+// Rows at a time: in the second-level cache; sums of shared gradients, so that they stay few, and
+// the floats of those at a time.
+constexpr int64_t kPieceRows = 32, kPieceUnit = 8, kBlockRows = 128, kPrivate = int64_t{1} << 22;
+
+// A side of the squares on which every frame closes, and how far apart their rows lie: not a power
+// of two, which would map a column to few places of the caches.
+constexpr int64_t kSide = 128, kApart = kSide + 16;
+
+// What a thread works in: T and dLoss/dT of some rows, and a square of each.
+struct Workspace {
+  std::vector<float> t, dw, squares;
+
+  Workspace(const Row& row, int64_t rows, int64_t in)
+      : t(static_cast<size_t>(scaled(row) ? rows * in : 0)),
+        dw(static_cast<size_t>(rows * in)),
+        squares(static_cast<size_t>(turned(row) ? 2 * rows * kApart : 0)) {}
+
+  static bool scaled(const Row& row) { return row.out_scale >= 0 || row.in_scale >= 0; }
+  static bool turned(const Row& row) { return row.out_block > 1 || row.in_block > 1; }
+};
+
+// Part of a row-major dLoss/dW that is to be written.
+struct Rectangle {
+  int64_t row, col, rows, cols;
+  float* at;
+  int64_t stride;
+
+  at::Tensor tensor() const { return at::from_blob(at, {rows, cols}, {stride, 1}, at::kFloat); }
+};
+
+// dW of some rows in the outer basis, of which `fill` writes rectangles -> gradients of the frame's
+// scales, then of T's params.
 //   W = out_scale * P * in_scale with P = H_out T H_in
+template <class Fill>
 void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t r, int64_t rows,
-                       float* dw, float* block, const BlockGrads& grads) {
-  const int64_t in = layer.in;
+                       Fill&& fill, Workspace& work, const BlockGrads& grads) {
+  const int64_t in = layer.in, real = std::min(rows, shape.out - r);
   const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
-  if (out_scale || in_scale) {
-    row.decode(layer, r, r + rows, block);
-    rotate(row, block, rows, in, shape.in);
-    for (int64_t i = 0; i < std::min(rows, shape.out - r); ++i) {
-      const float sum = scale_gradients(block + i * in, dw + i * in, shape.in,
-                                        out_scale ? out_scale[r + i] : 1.0f, in_scale,
-                                        in_scale ? grads.pointers[row.in_scale] : nullptr);
-      if (out_scale) grads.pointers[row.out_scale][r + i] += sum;
+  const bool scaled = Workspace::scaled(row), turned = Workspace::turned(row);
+  if (scaled) row.decode(layer, r, r + rows, work.t.data());
+  const int64_t side = turned ? kSide : shape.in, apart = turned ? kApart : in;
+  float* t = turned ? work.squares.data() : work.t.data();
+  float* dw = turned ? work.squares.data() + rows * kApart : work.dw.data();
+  std::fill(dw + real * apart, dw + rows * apart, 0.0f);
+  for (int64_t c = 0; c < shape.in; c += side) {
+    const int64_t cols = std::min(side, shape.in - c);
+    fill(Rectangle{r, c, real, cols, dw, apart});
+    if (scaled && turned) {
+      for (int64_t i = 0; i < rows; ++i)
+        hadamard_row(work.t.data() + i * in + c, t + i * apart, cols, row.in_block);
+      hadamard_columns(t, rows, cols, apart, row.out_block);
     }
+    for (int64_t i = 0; scaled && i < real; ++i) {
+      const float sum = scale_gradients(
+          t + i * apart, dw + i * apart, cols, out_scale ? out_scale[r + i] : 1.0f,
+          in_scale ? in_scale + c : nullptr,
+          in_scale ? grads.pointers[static_cast<size_t>(row.in_scale)] + c : nullptr);
+      if (out_scale) grads.pointers[static_cast<size_t>(row.out_scale)][r + i] += sum;
+    }
+    if (!turned) continue;
+    hadamard_columns(dw, rows, cols, apart, row.out_block);
+    for (int64_t i = 0; i < rows; ++i)
+      hadamard_row(dw + i * apart, work.dw.data() + i * in + c, cols, row.in_block);
   }
-  rotate(row, dw, rows, in, shape.in);
-  row.adjoint(layer, r, r + rows, dw, grads.pointers.data());
+  row.adjoint(layer, r, r + rows, work.dw.data(), grads.pointers.data());
 }
 
-// Gradients of all params given dLoss/dW, of which `fill(r, dw)` writes rows r and on into
-// dw (rows, in).
+// Gradients of all params given dLoss/dW, of which `fill` writes a Rectangle.
 template <class Fill>
 Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
   Tensors all;
@@ -87,27 +165,21 @@ Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
     const Layer& layer = bound.layers[t];
     Tensors grads(all.begin() + term.first_param,
                   all.begin() + term.first_param + row.params.size());
-    const int64_t unit = block_rows(row);
-    // A block is at least this many rows, so that shared gradients stay few.
-    const int64_t block = round_up(std::min<int64_t>(128, layer.out), unit);
-    const int64_t step = std::max<int64_t>(1, (int64_t{1} << 22) / (block * layer.in)) * block;
-    // One buffer for all steps: fresh ones of this size stay in the heap and pile up.
-    const at::Tensor buffer = at::zeros({std::min(step, layer.out), layer.in});
-    for (int64_t r0 = 0; r0 < layer.out; r0 += step) {
-      const int64_t rows = std::min(step, layer.out - r0),
-                    real = std::min(rows, bound.shape.out - r0);
-      at::Tensor dw = buffer.narrow(0, 0, rows);
-      if (real < rows || bound.shape.in < layer.in) dw.zero_();
-      fill(r0, dw.narrow(0, 0, real).narrow(1, 0, bound.shape.in));
-      const int64_t blocks = (rows + block - 1) / block;
+    // Shared gradients are summed by blocks of rows, the work is done by pieces of them.
+    const int64_t piece = round_up(kPieceRows, std::lcm(block_rows(row), kPieceUnit));
+    const int64_t block = round_up(kBlockRows, piece), blocks = (layer.out + block - 1) / block;
+    const int64_t step = std::max<int64_t>(8, kPrivate / (BlockGrads(row, grads).size() + 1));
+    for (int64_t first = 0; first < blocks; first += step) {
       std::vector<BlockGrads> partial;
-      for (int64_t b = 0; b < blocks; ++b) partial.emplace_back(row, grads);
-      parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(static_cast<size_t>(block * layer.in));
+      for (int64_t b = first; b < std::min(blocks, first + step); ++b)
+        partial.emplace_back(row, grads);
+      parallel_for(static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
+        Workspace work(row, std::min(piece, layer.out), layer.in);
         for (int64_t b = begin; b < end; ++b) {
-          const int64_t at = b * block;
-          block_grad_params(row, layer, bound.shape, r0 + at, std::min(block, rows - at),
-                            dw.data_ptr<float>() + at * layer.in, scratch.data(), partial[b]);
+          const int64_t row0 = (first + b) * block, row1 = std::min(row0 + block, layer.out);
+          for (int64_t r = row0; r < row1; r += piece)
+            block_grad_params(row, layer, bound.shape, r, std::min(piece, row1 - r), fill, work,
+                              partial[static_cast<size_t>(b)]);
         }
       });
       for (const BlockGrads& p : partial) p.add_to(grads);
@@ -116,6 +188,14 @@ Tensors grad_params(const Bound& bound, at::TensorList params, Fill&& fill) {
   return all;
 }
 
+#if RS_FAST_X86
+PairedBatch paired(const at::Tensor& rows, int64_t width) {
+  const at::Tensor x = rows.to(at::kBFloat16);
+  return PairedBatch(reinterpret_cast<const uint16_t*>(x.data_ptr<at::BFloat16>()), x.size(0),
+                     x.size(1), width);
+}
+#endif
+
 }  // namespace
 
 Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes,
@@ -123,18 +203,20 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
   const Bound bound = bind_layers(codes, params, codec, sizes);
   const auto [out, in] = bound.shape;
   check_batches(grad, x, out, in, codec);
-  const auto type = bf16_panels() ? at::kBFloat16 : at::kFloat;
-  const at::Tensor x_rows = flat(x, in).to(type), g_rows = flat(grad, out).to(type);
-  at::Tensor product;
-  return grad_params(bound, params, [&](int64_t r, at::Tensor dw) {
-    const at::Tensor g = g_rows.narrow(1, r, dw.size(0)).t();
-    if (dw.scalar_type() == type && dw.is_contiguous()) {
-      at::mm_out(dw, g, x_rows);
-      return;
-    }
-    if (!product.defined() || product.size(0) < dw.size(0)) product = at::empty(dw.sizes(), type);
-    at::Tensor narrow = product.narrow(0, 0, dw.size(0));
-    dw.copy_(at::mm_out(narrow, g, x_rows));
+  at::Tensor x_rows = flat(x, in), g_rows = flat(grad, out);
+#if RS_FAST_X86
+  if (bf16_panels()) {
+    const PairedBatch pairs = paired(x_rows, kOuterCols), g_pairs = paired(g_rows, kOuterRows);
+    return grad_params(bound, params, [&](const Rectangle& w) {
+      outer_product(g_pairs, pairs, w.row, w.rows, w.col, w.cols, w.at, w.stride);
+    });
+  }
+#endif
+  x_rows = x_rows.to(at::kFloat), g_rows = g_rows.to(at::kFloat);
+  return grad_params(bound, params, [&](const Rectangle& w) {
+    const at::AutoDispatchBelowAutograd threads_have_none;
+    at::Tensor dw = w.tensor();
+    at::mm_out(dw, g_rows.narrow(1, w.row, w.rows).t(), x_rows.narrow(1, w.col, w.cols));
   });
 }
 
@@ -142,8 +224,10 @@ Tensors decode_grad_params(const at::Tensor& grad, const at::Tensor& codes, at::
                            c10::string_view codec, at::IntArrayRef sizes) {
   const Bound bound = bind_layers(codes, params, codec, sizes);
   check_weight_gradient(grad, sizes, codec);
-  return grad_params(bound, params,
-                     [&](int64_t r, at::Tensor dw) { dw.copy_(grad.narrow(0, r, dw.size(0))); });
+  return grad_params(bound, params, [&](const Rectangle& w) {
+    const at::AutoDispatchBelowAutograd threads_have_none;
+    w.tensor().copy_(grad.narrow(0, w.row, w.rows).narrow(1, w.col, w.cols));
+  });
 }
 
 }  // namespace rs
