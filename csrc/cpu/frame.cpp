@@ -63,14 +63,15 @@ RS_INLINE void transform_run(const float* from, float* to, float norm) {
 }
 
 // Runs of 16 to 128 values, each in registers from the first stage to the last.
-RS_CLONES void transform_runs(const float* from, float* to, int64_t count, int64_t block,
-                              float norm) {
-  for (int64_t i = 0; i < count; i += block) {
-    if (block == 128) transform_run<8>(from + i, to + i, norm);
-    if (block == 64) transform_run<4>(from + i, to + i, norm);
-    if (block == 32) transform_run<2>(from + i, to + i, norm);
-    if (block == 16) transform_run<1>(from + i, to + i, norm);
-  }
+RS_CLONES void transform_runs(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                              int64_t rows, int64_t n, int64_t block, float norm) {
+  for (; rows; --rows, from += from_stride, to += to_stride)
+    for (int64_t i = 0; i < n; i += block) {
+      if (block == 128) transform_run<8>(from + i, to + i, norm);
+      if (block == 64) transform_run<4>(from + i, to + i, norm);
+      if (block == 32) transform_run<2>(from + i, to + i, norm);
+      if (block == 16) transform_run<1>(from + i, to + i, norm);
+    }
 }
 
 #pragma GCC pop_options
@@ -128,10 +129,16 @@ float norm_of(int64_t block) {
 
 }  // namespace
 
-void hadamard_row(const float* from, float* to, int64_t n, int64_t block) {
-  if (block == 1) return from == to ? void() : void(std::copy(from, from + n, to));
-  if (block < kLanes) return transform_short_runs(from, to, n, block, norm_of(block));
-  transform_runs(from, to, n, block, norm_of(block));
+void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                   int64_t rows, int64_t n, int64_t block) {
+  if (block >= kLanes)
+    return transform_runs(from, from_stride, to, to_stride, rows, n, block, norm_of(block));
+  for (; rows; --rows, from += from_stride, to += to_stride) {
+    if (block > 1)
+      transform_short_runs(from, to, n, block, norm_of(block));
+    else if (from != to)
+      std::copy(from, from + n, to);
+  }
 }
 
 void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block) {
@@ -174,7 +181,7 @@ void frame_rows(Rows x, Rows y, int64_t rows, int64_t n, int64_t width, const fl
       multiply(values, before, row.data(), n);
     else if (!x.bf16)
       std::copy(values, values + n, row.data());
-    hadamard_row(row.data(), row.data(), n, block);
+    hadamard_rows(row.data(), n, row.data(), n, 1, n, block);
     if (after) multiply(row.data(), after, row.data(), n);
     if (y.bf16)
       narrow(row.data(), static_cast<uint16_t*>(y.data) + r * y.stride, width);

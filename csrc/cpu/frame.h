@@ -7,8 +7,9 @@
 
 namespace rs {
 
-// Transforms each run of `block` of the n values at `from`; `to` may be the same.
-void hadamard_row(const float* from, float* to, int64_t n, int64_t block);
+// Transforms each run of `block` of the n values of each row at `from`; `to` may be the same.
+void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                   int64_t rows, int64_t n, int64_t block);
 // Transforms each run of `block` rows, `stride` apart, of the first n columns of a row-major matrix
 // in place; block divides rows.
 void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block);

@@ -8,7 +8,7 @@
 #include "fast.h"
 #include "frame.h"
 #include "ops.h"
-#include "outer.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "terms.h"
 
@@ -29,6 +29,7 @@ struct BlockGrads {
       pointers.push_back(sliced ? whole : own.back().data());
     }
   }
+  float* of(int param) const { return param < 0 ? nullptr : pointers[static_cast<size_t>(param)]; }
   int64_t size() const {
     int64_t floats = 0;
     for (const std::vector<float>& one : own) floats += static_cast<int64_t>(one.size());
@@ -69,19 +70,30 @@ __attribute__((always_inline)) inline void scale_lanes(const float* p, float* d,
   std::memcpy(d, &dp, bytes);
 }
 
-RS_CLONES float scale_gradients(const float* p, float* d, int64_t n, float so, const float* si,
-                                float* dsi) {
-  Lanes sum = {};
-  int64_t j = 0;
-  if (si)
-    for (; j + kLanes <= n; j += kLanes)
-      scale_lanes(p + j, d + j, kLanes, so, si + j, dsi + j, sum);
-  else
-    for (; j + kLanes <= n; j += kLanes) scale_lanes(p + j, d + j, kLanes, so, si, dsi, sum);
-  if (j < n) scale_lanes(p + j, d + j, n - j, so, si ? si + j : si, si ? dsi + j : dsi, sum);
-  float total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+__attribute__((always_inline)) inline float sum_lanes(Lanes v) {
+  using Index = int32_t __attribute__((vector_size(64)));
+  v += __builtin_shuffle(v, Index{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+  v += __builtin_shuffle(v, Index{4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3});
+  v += __builtin_shuffle(v, Index{2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1});
+  return v[0] + v[1];
+}
+
+// Rows of p and d, `apart`; null scales are ones and have no gradients.
+RS_CLONES void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
+                               const float* so, float* dso, const float* si, float* dsi) {
+  for (int64_t i = 0; i < rows; ++i, p += apart, d += apart) {
+    const float scale = so ? so[i] : 1.0f;
+    Lanes sum = {};
+    int64_t j = 0;
+    if (si)
+      for (; j + kLanes <= n; j += kLanes)
+        scale_lanes(p + j, d + j, kLanes, scale, si + j, dsi + j, sum);
+    else
+      for (; j + kLanes <= n; j += kLanes)
+        scale_lanes(p + j, d + j, kLanes, scale, nullptr, nullptr, sum);
+    if (j < n) scale_lanes(p + j, d + j, n - j, scale, si ? si + j : si, si ? dsi + j : dsi, sum);
+    if (so) dso[i] += sum_lanes(sum);
+  }
 }
 
 // Rows at a time: in the second-level cache; sums of shared gradients, so that they stay few, and
@@ -105,6 +117,11 @@ struct Workspace {
   static bool turned(const Row& row) { return row.out_block > 1 || row.in_block > 1; }
 };
 
+template <class T>
+T* from(T* values, int64_t first) {
+  return values ? values + first : nullptr;
+}
+
 // Part of a row-major dLoss/dW that is to be written.
 struct Rectangle {
   int64_t row, col, rows, cols;
@@ -122,6 +139,7 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
                        Fill&& fill, Workspace& work, const BlockGrads& grads) {
   const int64_t in = layer.in, real = std::min(rows, shape.out - r);
   const float *out_scale = param(layer, row.out_scale), *in_scale = param(layer, row.in_scale);
+  float *dout_scale = grads.of(row.out_scale), *din_scale = grads.of(row.in_scale);
   const bool scaled = Workspace::scaled(row), turned = Workspace::turned(row);
   if (scaled) row.decode(layer, r, r + rows, work.t.data());
   const int64_t side = turned ? kSide : shape.in, apart = turned ? kApart : in;
@@ -132,21 +150,15 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
     const int64_t cols = std::min(side, shape.in - c);
     fill(Rectangle{r, c, real, cols, dw, apart});
     if (scaled && turned) {
-      for (int64_t i = 0; i < rows; ++i)
-        hadamard_row(work.t.data() + i * in + c, t + i * apart, cols, row.in_block);
+      hadamard_rows(work.t.data() + c, in, t, apart, rows, cols, row.in_block);
       hadamard_columns(t, rows, cols, apart, row.out_block);
     }
-    for (int64_t i = 0; scaled && i < real; ++i) {
-      const float sum = scale_gradients(
-          t + i * apart, dw + i * apart, cols, out_scale ? out_scale[r + i] : 1.0f,
-          in_scale ? in_scale + c : nullptr,
-          in_scale ? grads.pointers[static_cast<size_t>(row.in_scale)] + c : nullptr);
-      if (out_scale) grads.pointers[static_cast<size_t>(row.out_scale)][r + i] += sum;
-    }
+    if (scaled)
+      scale_gradients(t, dw, real, cols, apart, from(out_scale, r), from(dout_scale, r),
+                      from(in_scale, c), from(din_scale, c));
     if (!turned) continue;
     hadamard_columns(dw, rows, cols, apart, row.out_block);
-    for (int64_t i = 0; i < rows; ++i)
-      hadamard_row(dw + i * apart, work.dw.data() + i * in + c, cols, row.in_block);
+    hadamard_rows(dw, apart, work.dw.data() + c, in, rows, cols, row.in_block);
   }
   row.adjoint(layer, r, r + rows, work.dw.data(), grads.pointers.data());
 }
@@ -206,9 +218,11 @@ Tensors linear_grad_params(const at::Tensor& grad, const at::Tensor& x, const at
   at::Tensor x_rows = flat(x, in), g_rows = flat(grad, out);
 #if RS_FAST_X86
   if (bf16_panels()) {
-    const PairedBatch pairs = paired(x_rows, kOuterCols), g_pairs = paired(g_rows, kOuterRows);
+    const PairedBatch right = paired(x_rows, kPairCols), left = paired(g_rows, kPairRows);
+    const int64_t pairs = left.pairs;
     return grad_params(bound, params, [&](const Rectangle& w) {
-      outer_product(g_pairs, pairs, w.row, w.rows, w.col, w.cols, w.at, w.stride);
+      pair_product({left.column(w.row), kPairRows * pairs, 1, kPairRows}, right.column(w.col),
+                   kPairCols * pairs, pairs, w.rows, w.cols, w.at, w.stride, false);
     });
   }
 #endif

@@ -1,5 +1,7 @@
 #include "terms.h"
 
+#include <ATen/ATen.h>
+
 #include <numeric>
 
 #include "frame.h"
@@ -40,8 +42,7 @@ at::Tensor through_frame(const at::Tensor& x, int64_t n, int64_t width, const fl
 }
 
 void rotate(const Row& row, float* x, int64_t rows, int64_t width, int64_t n) {
-  if (row.in_block > 1)
-    for (int64_t i = 0; i < rows; ++i) hadamard_row(x + i * width, x + i * width, n, row.in_block);
+  hadamard_rows(x, width, x, width, rows, n, row.in_block);
   hadamard_columns(x, rows, n, width, row.out_block);
 }
 
