@@ -3,8 +3,9 @@
 
 #include "../bind.h"
 #include "clones.h"
-#include "half.h"
+#include "fast.h"
 #include "ops.h"
+#include "panels.h"
 #include "parallel.h"
 #include "terms.h"
 
@@ -20,31 +21,11 @@ int64_t panel_rows(const Row& row, const Layer& layer, int64_t elements) {
 // Weights decoded at a time where they are used at once: 128 KB, in the second-level cache.
 constexpr int64_t kChunk = int64_t{1} << 15;
 
-RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
-}
-
-// Rows [row0, row1) of T rounded to bfloat16, by way of float32 where the codec has no other.
-void decode_narrow(const Row& row, const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
-  if (row.decode_bf16) return row.decode_bf16(layer, row0, row1, w);
-  const int64_t step = std::max<int64_t>(1, kChunk / (row.tile.rows * layer.in)) * row.tile.rows;
-  std::vector<float> wide(static_cast<size_t>(std::min(step, row1 - row0) * layer.in));
-  for (int64_t r = row0; r < row1; r += step) {
-    const int64_t end = std::min(r + step, row1);
-    row.decode(layer, r, end, wide.data());
-    narrow(wide.data(), (end - r) * layer.in, w + (r - row0) * layer.in);
-  }
-}
-
-// Rows [row0, row1) of T as a panel of float32 or bfloat16.
-void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, at::Tensor& panel) {
-  const bool half = panel.scalar_type() == at::kBFloat16;
+// Rows [row0, row1) of T.
+void fill_panel(const Row& row, const Layer& layer, int64_t row0, int64_t row1, float* panel) {
   parallel_for((row1 - row0) / row.tile.rows, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = row0 + begin * row.tile.rows, last = row0 + end * row.tile.rows;
-    const int64_t at = (first - row0) * layer.in;
-    if (!half) return row.decode(layer, first, last, panel.data_ptr<float>() + at);
-    auto* out = reinterpret_cast<uint16_t*>(panel.data_ptr<at::BFloat16>()) + at;
-    decode_narrow(row, layer, first, last, out);
+    const int64_t first = begin * row.tile.rows, last = end * row.tile.rows;
+    row.decode(layer, row0 + first, row0 + last, panel + first * layer.in);
   });
 }
 
@@ -54,13 +35,11 @@ struct Panels {
   int64_t rows;
   at::Tensor buffer;
 
-  Panels(const Row& row, const Layer& layer, int64_t elements, at::ScalarType type)
+  Panels(const Row& row, const Layer& layer, int64_t elements)
       : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
     // Kept by the thread: fresh pages for every call cost as much as decoding into them.
-    thread_local at::Tensor kept[2];
-    at::Tensor& pages = kept[type == at::kFloat];
-    if (!pages.defined() || pages.numel() < rows * layer.in)
-      pages = at::empty({rows * layer.in}, type);
+    thread_local at::Tensor pages;
+    if (!pages.defined() || pages.numel() < rows * layer.in) pages = at::empty({rows * layer.in});
     buffer = pages.narrow(0, 0, rows * layer.in).view({rows, layer.in});
   }
   template <class Visit>
@@ -68,7 +47,7 @@ struct Panels {
     for (int64_t r = 0; r < layer.out; r += rows) {
       const int64_t n = std::min(rows, layer.out - r);
       at::Tensor panel = buffer.narrow(0, 0, n);
-      fill_panel(row, layer, r, r + n, panel);
+      fill_panel(row, layer, r, r + n, panel.data_ptr<float>());
       visit(r, n, panel);
     }
   }
@@ -80,8 +59,6 @@ int64_t product_panel(int64_t batch) { return batch < 64 ? int64_t{1} << 20 : in
 int64_t input_gradient_panel(int64_t batch) {
   return batch < 256 ? int64_t{1} << 21 : int64_t{1} << 23;
 }
-
-at::ScalarType panel_type() { return bf16_panels() ? at::kBFloat16 : at::kFloat; }
 
 // Batches up to this are multiplied row by row as rows are decoded; larger ones panel by panel.
 constexpr int64_t kRowProduct = 8;
@@ -119,21 +96,32 @@ bool may_compute_so(const Row& row) {
   return !exact() || std::string_view(row.linear_type) == "float32";
 }
 
+#if RS_FAST_X86
+const uint16_t* bits(const at::Tensor& x) {
+  return reinterpret_cast<const uint16_t*>(x.data_ptr<at::BFloat16>());
+}
+#endif
+
 at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
                        at::ScalarType result) {
   const int64_t m = x.size(0);
   const bool direct = row.linear && m <= row.linear_max_m && may_compute_so(row);
   const bool by_row = !direct && m <= kRowProduct;
-  const auto type = direct || by_row ? at::kFloat : panel_type();
+  const bool narrow = !direct && !by_row && bf16_panels() && layer.in % 2 == 0;
   const at::Tensor inside =
-      through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
-  at::Tensor y = at::empty({m, layer.out}, type);
+      through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr,
+                    narrow ? at::kBFloat16 : at::kFloat);
+  at::Tensor y = at::empty({m, layer.out});
   if (direct) {
     row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
   } else if (by_row) {
     row_product(row, layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+#if RS_FAST_X86
+  } else if (narrow) {
+    panel_linear(row, layer, bits(inside), m, y.data_ptr<float>());
+#endif
   } else {
-    Panels panels(row, layer, product_panel(m), type);
+    Panels panels(row, layer, product_panel(m));
     panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
       y.narrow(1, r, n).copy_(at::mm(inside, panel.t()));
     });
@@ -144,26 +132,29 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
 
 at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
                            at::ScalarType result) {
+  const int64_t m = grad.size(0);
   const bool direct = row.linear_grad_input && may_compute_so(row);
-  const auto type = direct ? at::kFloat : panel_type();
-  const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
-                                          row.out_block, nullptr, type);
+  const bool narrow = !direct && bf16_panels();
+  const int64_t width = narrow ? round_up(layer.out, 2) : layer.out;
+  const at::Tensor inside =
+      through_frame(grad, shape.out, width, param(layer, row.out_scale), row.out_block, nullptr,
+                    narrow ? at::kBFloat16 : at::kFloat);
+  at::Tensor dx = at::empty({m, layer.in});
   if (direct) {
-    const at::Tensor dx = at::empty({grad.size(0), layer.in});
-    row.linear_grad_input(layer, inside.data_ptr<float>(), grad.size(0), dx.data_ptr<float>());
-    return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
-                         result);
+    row.linear_grad_input(layer, inside.data_ptr<float>(), m, dx.data_ptr<float>());
+#if RS_FAST_X86
+  } else if (narrow) {
+    panel_grad_input(row, layer, bits(inside), m, width, dx.data_ptr<float>());
+#endif
+  } else {
+    Panels panels(row, layer, input_gradient_panel(m));
+    panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
+      if (r)
+        dx.addmm_(inside.narrow(1, r, n), panel);
+      else
+        at::mm_out(dx, inside.narrow(1, r, n), panel);
+    });
   }
-  Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
-  at::Tensor dx = at::empty({grad.size(0), layer.in});
-  at::Tensor part = at::empty({grad.size(0), layer.in}, type);
-  panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
-    at::mm_out(part, inside.narrow(1, r, n), panel);
-    if (r)
-      dx.add_(part);
-    else
-      dx.copy_(part);
-  });
   return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
                        result);
 }
