@@ -14,8 +14,10 @@ namespace rs {
 namespace {
 
 // Weights decoded at a time: to be multiplied at once, 256 KB of bfloat16 in the second-level
-// cache; for all threads, 4 MB in the third; 32 KB on the way to either.
-constexpr int64_t kPiece = int64_t{1} << 17, kPanel = int64_t{1} << 21, kChunk = int64_t{1} << 14;
+// cache; 32 KB on the way there or to a panel.
+constexpr int64_t kPiece = int64_t{1} << 17, kChunk = int64_t{1} << 14;
+// For all threads, 4 or 8 MB in the third-level cache. Larger ones save passes over the gradient.
+int64_t panel_weights(int64_t m) { return int64_t{1} << (m < 256 ? 21 : 22); }
 constexpr int64_t kBatch = 512;  // rows of x a piece meets at a time
 
 // Rows of about `weights` weights, in multiples of `unit`.
@@ -75,7 +77,7 @@ void panel_grad_input(const Row& row, const Layer& layer, const uint16_t* dy, in
                       int64_t width, float* dx) {
   const int64_t in = layer.in, out = layer.out, blocks = (in + kPairCols - 1) / kPairCols;
   const int64_t unit = std::lcm(row.tile.rows, int64_t{2}), chunk = rows_of(kChunk, unit, layer);
-  const int64_t most = std::min(rows_of(kPanel, chunk, layer), round_up(out, 2));
+  const int64_t most = std::min(rows_of(panel_weights(m), chunk, layer), round_up(out, 2));
   uint32_t* panel = kept_panel(blocks * kPairCols * most / 2);
   const Lines<uint32_t> left(round_up(m, kPairRows) * most / 2);
   for (int64_t r0 = 0; r0 < out; r0 += most) {
