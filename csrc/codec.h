@@ -7,7 +7,7 @@
 //
 // with either scale and either Hadamard matrix left out. A codec fills one Row per term: sizes, the
 // params in order, the frame, and slots (function pointers). Everything around the slots (frames,
-// panels, gradients, threads, argument checks) is written once, in cpu/ops.cpp, for all codecs.
+// panels, gradients, threads, argument checks) is written once, around them, for all codecs.
 //
 // A Row is resolved for one Spec and Shape, so templates over bit widths are chosen here once and
 // nothing else in the program switches over codecs.

@@ -30,6 +30,7 @@ void trellis_avx512_slots(Row& row, int k);
 void trellis_adjoint_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
+void uniform_adjoint_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 void vq_cyclic_avx512_slots(Row& row, int64_t block);
 
 // These fill what an instruction set has; AVX-512 over AVX2.
@@ -68,6 +69,7 @@ inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group
 #if RS_FAST_X86
   if (isa >= Isa::avx2) uniform_avx2_slots(row, bits, symmetric, group);
   if (isa >= Isa::avx512) uniform_avx512_slots(row, bits, symmetric, group);
+  if (isa >= Isa::avx512) uniform_adjoint_avx512_slots(row, bits, symmetric, group);
 #endif
 }
 inline void vq_cyclic_fast_slots(Row& row, int64_t block, Isa isa) {

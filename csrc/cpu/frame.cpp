@@ -11,43 +11,76 @@
 namespace rs {
 namespace {
 
-using Lanes = float __attribute__((vector_size(32)));
-using Index = int32_t __attribute__((vector_size(32)));
-constexpr int64_t kLanes = 8, kLargest = 128;
+using Lanes = float __attribute__((vector_size(64)));
+using Words = int32_t __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16, kLargest = 128;
+
+#define RS_INLINE __attribute__((always_inline)) inline
+
+// The stages that join vectors: of N vectors, those h = 1, 2, 4, ... apart.
+template <int N>
+RS_INLINE void join(Lanes* v) {
+#pragma GCC unroll 4
+  for (int h = 1; h < N; h *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & h)) {
+        const Lanes sum = v[i] + v[i + h], difference = v[i] - v[i + h];
+        v[i] = sum;
+        v[i + h] = difference;
+      }
+}
+
+// A product by +-1 is exact, and so is its sum in one rounding.
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
 
 // A stage inside a vector: lane i becomes v[i] + v[i^h], or v[i^h] - v[i] where i has bit h.
-#define RS_STAGE(v, a, b, c, d, e, f, g, h, s, t, u)                    \
-  v = __builtin_shuffle(v, Index{a, b, c, d, e, f, g, h}) + v * Lanes { \
-    1, s, t, s *t, u, s *u, t *u, s * t * u                             \
-  }
-
-// Runs of 8 to 128 values, each in registers from the first stage to the last.
-RS_CLONES void transform_runs(float* x, int64_t count, int64_t block, float norm) {
-  const int64_t vectors = block / kLanes;
-  for (float* run = x; run < x + count; run += block) {
-    Lanes v[kLargest / kLanes];
-    std::memcpy(v, run, static_cast<size_t>(block) * sizeof(float));
-    for (int64_t i = 0; i < vectors; ++i) {
-      RS_STAGE(v[i], 1, 0, 3, 2, 5, 4, 7, 6, -1, 1, 1);
-      RS_STAGE(v[i], 2, 3, 0, 1, 6, 7, 4, 5, 1, -1, 1);
-      RS_STAGE(v[i], 4, 5, 6, 7, 0, 1, 2, 3, 1, 1, -1);
-    }
-    for (int64_t h = 1; h < vectors; h *= 2)
-      for (int64_t i = 0; i < vectors; i += 2 * h)
-        for (int64_t j = i; j < i + h; ++j) {
-          const Lanes sum = v[j] + v[j + h], difference = v[j] - v[j + h];
-          v[j] = sum;
-          v[j + h] = difference;
-        }
-    for (int64_t i = 0; i < vectors; ++i) v[i] = v[i] * norm;
-    std::memcpy(run, v, static_cast<size_t>(block) * sizeof(float));
-  }
+RS_INLINE void turn(Lanes& v, const Words& across, const Lanes& sign) {
+  v = __builtin_shuffle(v, across) + v * sign;
 }
-#undef RS_STAGE
 
-// Runs of 2 or 4 values.
-void transform_short_runs(float* x, int64_t count, int64_t block, float norm) {
-  for (float* run = x; run < x + count; run += block) {
+template <int N>
+RS_INLINE void transform_run(const float* from, float* to, float norm) {
+  constexpr float m = -1;
+  Lanes v[N];
+  std::memcpy(v, from, sizeof v);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    turn(v[i], Words{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
+         Lanes{1, m, 1, m, 1, m, 1, m, 1, m, 1, m, 1, m, 1, m});
+    turn(v[i], Words{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+         Lanes{1, 1, m, m, 1, 1, m, m, 1, 1, m, m, 1, 1, m, m});
+    turn(v[i], Words{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+         Lanes{1, 1, 1, 1, m, m, m, m, 1, 1, 1, 1, m, m, m, m});
+    turn(v[i], Words{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+         Lanes{1, 1, 1, 1, 1, 1, 1, 1, m, m, m, m, m, m, m, m});
+  }
+  join<N>(v);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) v[i] = v[i] * norm;
+  std::memcpy(to, v, sizeof v);
+}
+
+// Runs of 16 to 128 values, each in registers from the first stage to the last.
+RS_CLONES void transform_runs(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                              int64_t rows, int64_t n, int64_t block, float norm) {
+  for (; rows; --rows, from += from_stride, to += to_stride)
+    for (int64_t i = 0; i < n; i += block) {
+      if (block == 128) transform_run<8>(from + i, to + i, norm);
+      if (block == 64) transform_run<4>(from + i, to + i, norm);
+      if (block == 32) transform_run<2>(from + i, to + i, norm);
+      if (block == 16) transform_run<1>(from + i, to + i, norm);
+    }
+}
+
+#pragma GCC pop_options
+
+// Runs of 2 to 8 values.
+void transform_short_runs(const float* from, float* to, int64_t count, int64_t block, float norm) {
+  for (int64_t at = 0; at < count; at += block) {
+    float run[kLanes];
+    std::copy(from + at, from + at + block, run);
     for (int64_t h = 1; h < block; h *= 2)
       for (int64_t i = 0; i < block; i += 2 * h)
         for (int64_t j = i; j < i + h; ++j) {
@@ -55,24 +88,39 @@ void transform_short_runs(float* x, int64_t count, int64_t block, float norm) {
           run[j] = a + b;
           run[j + h] = a - b;
         }
-    for (int64_t i = 0; i < block; ++i) run[i] *= norm;
+    for (int64_t i = 0; i < block; ++i) to[at + i] = run[i] * norm;
   }
 }
 
-constexpr int64_t kStrip = 64;
+// All stages of N rows at each of `count` places, `next` apart: rows are `apart` apart.
+template <int N>
+RS_INLINE void pass(const float* from, int64_t from_apart, int64_t from_next, float* to,
+                    int64_t to_apart, int64_t to_next, int64_t count, float norm) {
+  for (; count; --count, from += from_next, to += to_next) {
+    Lanes v[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) std::memcpy(&v[i], from + i * from_apart, sizeof v[i]);
+    join<N>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      v[i] = v[i] * norm;
+      std::memcpy(to + i * to_apart, &v[i], sizeof v[i]);
+    }
+  }
+}
 
-// All stages on `block` rows of a strip that fits the first-level cache.
-RS_CLONES void transform_strip(float (*strip)[kStrip], int64_t block, float norm) {
-  for (int64_t h = 1; h < block; h *= 2)
-    for (int64_t i = 0; i < block; i += 2 * h)
-      for (int64_t j = i; j < i + h; ++j)
-        for (int64_t c = 0; c < kStrip; ++c) {
-          const float a = strip[j][c], b = strip[j + h][c];
-          strip[j][c] = a + b;
-          strip[j + h][c] = a - b;
-        }
-  for (int64_t j = 0; j < block; ++j)
-    for (int64_t c = 0; c < kStrip; ++c) strip[j][c] *= norm;
+// Sixteen columns of `block` rows, `stride` apart: up to 16 neighbouring rows at a time, then those
+// 16 apart. In between they lie close together, in the first-level cache.
+RS_CLONES void transform_columns(float* x, int64_t stride, int64_t block, float norm) {
+  if (block == 2) return pass<2>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 4) return pass<4>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 8) return pass<8>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 16) return pass<16>(x, stride, 0, x, stride, 0, 1, norm);
+  alignas(64) float close[kLargest * kLanes];
+  pass<16>(x, stride, 16 * stride, close, kLanes, 16 * kLanes, block / 16, 1.0f);
+  if (block == 32) pass<2>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
+  if (block == 64) pass<4>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
+  if (block == 128) pass<8>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
 }
 
 float norm_of(int64_t block) {
@@ -81,22 +129,30 @@ float norm_of(int64_t block) {
 
 }  // namespace
 
-void hadamard_rows(float* x, int64_t rows, int64_t n, int64_t block) {
-  if (block == 1) return;
-  if (block < kLanes) return transform_short_runs(x, rows * n, block, norm_of(block));
-  transform_runs(x, rows * n, block, norm_of(block));
+void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                   int64_t rows, int64_t n, int64_t block) {
+  if (block >= kLanes)
+    return transform_runs(from, from_stride, to, to_stride, rows, n, block, norm_of(block));
+  for (; rows; --rows, from += from_stride, to += to_stride) {
+    if (block > 1)
+      transform_short_runs(from, to, n, block, norm_of(block));
+    else if (from != to)
+      std::copy(from, from + n, to);
+  }
 }
 
-void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t block) {
+void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block) {
   if (block == 1) return;
-  float strip[kLargest][kStrip] = {};
-  for (float* run = x; run < x + rows * n; run += block * n)
-    for (int64_t c = 0; c < n; c += kStrip) {
-      const size_t bytes = static_cast<size_t>(std::min(kStrip, n - c)) * sizeof(float);
-      for (int64_t j = 0; j < block; ++j) std::memcpy(strip[j], run + j * n + c, bytes);
-      transform_strip(strip, block, norm_of(block));
-      for (int64_t j = 0; j < block; ++j) std::memcpy(run + j * n + c, strip[j], bytes);
-    }
+  for (float* run = x; run < x + rows * stride; run += block * stride) {
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) transform_columns(run + c, stride, block, norm_of(block));
+    if (c == n) continue;
+    alignas(64) float rest[kLargest * kLanes] = {};
+    const size_t bytes = static_cast<size_t>(n - c) * sizeof(float);
+    for (int64_t j = 0; j < block; ++j) std::memcpy(rest + j * kLanes, run + j * stride + c, bytes);
+    transform_columns(rest, kLanes, block, norm_of(block));
+    for (int64_t j = 0; j < block; ++j) std::memcpy(run + j * stride + c, rest + j * kLanes, bytes);
+  }
 }
 
 namespace {
@@ -125,7 +181,7 @@ void frame_rows(Rows x, Rows y, int64_t rows, int64_t n, int64_t width, const fl
       multiply(values, before, row.data(), n);
     else if (!x.bf16)
       std::copy(values, values + n, row.data());
-    hadamard_rows(row.data(), 1, n, block);
+    hadamard_rows(row.data(), n, row.data(), n, 1, n, block);
     if (after) multiply(row.data(), after, row.data(), n);
     if (y.bf16)
       narrow(row.data(), static_cast<uint16_t*>(y.data) + r * y.stride, width);

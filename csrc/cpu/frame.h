@@ -7,11 +7,12 @@
 
 namespace rs {
 
-// Transforms each run of `block` values of `rows` contiguous rows of n, in place.
-void hadamard_rows(float* x, int64_t rows, int64_t n, int64_t block);
-// Transforms each run of `block` rows of a row-major matrix (rows x n, block divides rows), in
-// place.
-void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t block);
+// Transforms each run of `block` of the n values of each row at `from`; `to` may be the same.
+void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                   int64_t rows, int64_t n, int64_t block);
+// Transforms each run of `block` rows, `stride` apart, of the first n columns of a row-major matrix
+// in place; block divides rows.
+void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block);
 
 // Rows of float32 or bfloat16 values, `stride` apart.
 struct Rows {

@@ -47,10 +47,10 @@ struct Histograms {
   alignas(64) float at[kHistograms][1024][2] = {};
 };
 
-// A tile's states: where in a histogram, in bytes, and what to add.
+// 32 states: where in a histogram, in bytes, and what to add.
 struct alignas(64) Additions {
-  uint16_t offset[128];
-  float pair[128][2];
+  uint16_t offset[32];
+  float pair[32][2];
 };
 
 }  // namespace
@@ -62,26 +62,23 @@ struct alignas(64) Additions {
 namespace rs {
 namespace {
 
+// States 32 * g to 32 * g + 31 of a tile, whose first four rows here are at dw.
 template <int K>
-RS_INLINE void hash_tile(const uint8_t* tile, const float* dw, int64_t stride, Additions& to) {
-  const TileBytes<K> bytes(tile);
+RS_INLINE void hash_group(const TileBytes<K>& bytes, int g, const float* dw, int64_t stride,
+                          Additions& to) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  const __m512i states = _mm512_multishift_epi64_epi8(load(kStateCuts<K>[g].cut.at),
+                                                      bytes.permute(kStateCuts<K>[g].bytes));
+  __m512i high, low;
+  hash(states, &high, &low);
+  // Bits 14..5 of the high half are the point's number.
+  _mm512_store_si512(to.offset,
+                     _mm512_and_si512(_mm512_srli_epi16(high, 2), _mm512_set1_epi16(1023 * 8)));
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    const __m512i states = _mm512_multishift_epi64_epi8(load(kStateCuts<K>[g].cut.at),
-                                                        bytes.permute(kStateCuts<K>[g].bytes));
-    __m512i high, low;
-    hash(states, &high, &low);
-    // Bits 14..5 of the high half are the point's number.
-    _mm512_store_si512(to.offset + 32 * g,
-                       _mm512_and_si512(_mm512_srli_epi16(high, 2), _mm512_set1_epi16(1023 * 8)));
-#pragma GCC unroll 4
-    for (int row = 0; row < 4; ++row) {
-      const __m512i flips = _mm512_permutex2var_epi16(high, load(kSignWords.at[row]), low);
-      const __m512i pairs = load(dw + (4 * g + row) * stride);
-      _mm512_store_si512(to.pair[32 * g + 8 * row],
-                         _mm512_ternarylogic_epi32(pairs, flips, sign, 0x78));
-    }
+  for (int row = 0; row < 4; ++row) {
+    const __m512i flips = _mm512_permutex2var_epi16(high, load(kSignWords.at[row]), low);
+    const __m512i pairs = load(dw + row * stride);
+    _mm512_store_si512(to.pair[8 * row], _mm512_ternarylogic_epi32(pairs, flips, sign, 0x78));
   }
 }
 
@@ -93,17 +90,27 @@ RS_INLINE void add_pair(Histograms& sums, int histogram, uint16_t offset, const 
   _mm_storel_epi64(at, _mm_castps_si128(sum));
 }
 
+RS_INLINE void add_group(const Additions& additions, Histograms& sums) {
+#pragma GCC unroll 4
+  for (int n = 0; n < 32; ++n)
+    add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);
+}
+
+// While one group's states are added, which waits for memory, the next group's are hashed.
 template <int K>
 void add_tiles(const Layer& layer, int64_t row0, int64_t row1, const float* dw, Histograms& sums) {
-  Additions additions;
+  Additions turns[2] = {};
   const uint8_t* tile = layer.codes + row0 / 16 * layer.tile_cols() * 16 * K;
   for (int64_t row = row0; row < row1; row += 16, dw += 16 * layer.in)
     for (int64_t col = 0; col < layer.in; col += 16, tile += 16 * K) {
-      hash_tile<K>(tile, dw + col, layer.in, additions);
+      const TileBytes<K> bytes(tile);
 #pragma GCC unroll 4
-      for (int n = 0; n < 128; ++n)
-        add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);
+      for (int g = 0; g < 4; ++g) {
+        hash_group<K>(bytes, g, dw + 4 * g * layer.in + col, layer.in, turns[g % 2]);
+        add_group(turns[(g + 1) % 2], sums);
+      }
     }
+  add_group(turns[1], sums);
 }
 
 }  // namespace

@@ -222,8 +222,8 @@ void hadamard() {
   for (int64_t block = 1; block <= 128; block *= 2) {
     for (int64_t rows : {1, 3}) {
       Exact<float> across(rows * 2 * block, 1), down(2 * block * rows, 1);
-      hadamard_rows(across.data(), rows, 2 * block, block);
-      hadamard_columns(down.data(), 2 * block, rows, block);
+      hadamard_rows(across.data(), 2 * block, across.data(), 2 * block, rows, 2 * block, block);
+      hadamard_columns(down.data(), 2 * block, rows, rows, block);
     }
   }
 }

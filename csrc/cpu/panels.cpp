@@ -1,0 +1,102 @@
+#include "panels.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "clones.h"
+#include "fast.h"
+#include "half.h"
+#include "pairs.h"
+#include "parallel.h"
+
+#if RS_FAST_X86
+namespace rs {
+namespace {
+
+// Weights decoded at a time: to be multiplied at once, 256 KB of bfloat16 in the second-level
+// cache; 32 KB on the way there or to a panel.
+constexpr int64_t kPiece = int64_t{1} << 17, kChunk = int64_t{1} << 14;
+// For all threads, 4 or 8 MB in the third-level cache. Larger ones save passes over the gradient.
+int64_t panel_weights(int64_t m) { return int64_t{1} << (m < 256 ? 21 : 22); }
+constexpr int64_t kBatch = 512;  // rows of x a piece meets at a time
+
+// Rows of about `weights` weights, in multiples of `unit`.
+int64_t rows_of(int64_t weights, int64_t unit, const Layer& layer) {
+  return std::max<int64_t>(1, weights / std::max<int64_t>(1, layer.in * unit)) * unit;
+}
+
+RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
+}
+
+// Rows [row0, row1) of T rounded to bfloat16, by way of float32 where the codec has no other.
+void decode_narrow(const Row& row, const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  if (row.decode_bf16) return row.decode_bf16(layer, row0, row1, w);
+  const int64_t step = rows_of(kChunk, row.tile.rows, layer);
+  std::vector<float> wide(static_cast<size_t>(std::min(step, row1 - row0) * layer.in));
+  for (int64_t r = row0; r < row1; r += step) {
+    const int64_t end = std::min(r + step, row1);
+    row.decode(layer, r, end, wide.data());
+    narrow(wide.data(), (end - r) * layer.in, w + (r - row0) * layer.in);
+  }
+}
+
+// Kept by the thread: fresh pages for every call cost as much as decoding into them.
+uint32_t* kept_panel(int64_t n) {
+  thread_local int64_t size = 0;
+  thread_local Lines<uint32_t> pages(0);
+  if (size < n) pages = Lines<uint32_t>(n), size = n;
+  return pages.get();
+}
+
+}  // namespace
+
+void panel_linear(const Row& row, const Layer& layer, const uint16_t* x, int64_t m, float* y) {
+  const int64_t in = layer.in, out = layer.out, pairs = in / 2;
+  const int64_t piece = rows_of(kPiece, std::lcm(row.tile.rows, kPairRows), layer);
+  const Lines<uint32_t> right(round_up(m, kPairCols) * pairs);
+  pair_columns(x, m, in, pairs, kPairCols, right.get());
+  parallel_for(out, piece, [&](int64_t begin, int64_t end) {
+    const Lines<uint32_t> w(std::min(piece, end - begin) * pairs);
+    const Lines<float> part(piece * kBatch);
+    for (int64_t r = begin; r < end; r += piece) {
+      const int64_t rows = std::min(piece, end - r);
+      decode_narrow(row, layer, r, r + rows, reinterpret_cast<uint16_t*>(w.get()));
+      for (int64_t b = 0; b < m; b += kBatch) {
+        const int64_t cols = std::min(kBatch, m - b);
+        pair_product({w.get(), kPairRows * pairs, pairs, 1}, right.get() + b * pairs,
+                     kPairCols * pairs, pairs, rows, cols, part.get(), kBatch, false);
+        for (int64_t j = 0; j < cols; ++j)
+          for (int64_t i = 0; i < rows; ++i) y[(b + j) * out + r + i] = part[i * kBatch + j];
+      }
+    }
+  });
+}
+
+void panel_grad_input(const Row& row, const Layer& layer, const uint16_t* dy, int64_t m,
+                      int64_t width, float* dx) {
+  const int64_t in = layer.in, out = layer.out, blocks = (in + kPairCols - 1) / kPairCols;
+  const int64_t unit = std::lcm(row.tile.rows, int64_t{2}), chunk = rows_of(kChunk, unit, layer);
+  const int64_t most = std::min(rows_of(panel_weights(m), chunk, layer), round_up(out, 2));
+  uint32_t* panel = kept_panel(blocks * kPairCols * most / 2);
+  const Lines<uint32_t> left(round_up(m, kPairRows) * most / 2);
+  for (int64_t r0 = 0; r0 < out; r0 += most) {
+    const int64_t rows = std::min(most, out - r0), pairs = (rows + 1) / 2,
+                  apart = pairs * kPairCols;
+    parallel_for(rows, chunk, [&](int64_t begin, int64_t end) {
+      std::vector<uint16_t> w(static_cast<size_t>(chunk * in));
+      for (int64_t r = begin; r < end; r += chunk) {
+        const int64_t n = std::min(chunk, end - r);
+        decode_narrow(row, layer, r0 + r, r0 + r + n, w.data());
+        pair_rows(w.data(), n, in, in, kPairCols, panel + r / 2 * kPairCols, apart);
+      }
+    });
+    pair_columns(dy + r0, m, width, pairs, kPairRows, left.get());
+    parallel_for(in, kPairCols, [&](int64_t begin, int64_t end) {
+      pair_product({left.get(), kPairRows * pairs, 1, kPairRows}, panel + begin * pairs, apart,
+                   pairs, m, end - begin, dx + begin, in, r0 > 0);
+    });
+  }
+}
+}  // namespace rs
+#endif
