@@ -233,7 +233,7 @@ namespace {
 
 template <int Bits, bool Symmetric>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  if (m > 1) return uniform_limbs_avx512(layer, Bits, x, m, y);
+  if (m > 1) return uniform_limbs_avx512(layer, Bits, 2, x, m, y);
   constexpr int kView = uniform_view(Bits);
   const UniformGroups groups(layer.tile.cols, kView);
   const UniformActivations values(x, 1, layer.in, kView, layer.tile.cols);
