@@ -20,7 +20,7 @@
 namespace rs {
 namespace {
 
-std::atomic<bool> exact_panels{false};
+std::atomic<Accuracy> accuracy_mode{Accuracy::automatic};
 std::atomic<Progress> progress_hook{nullptr};
 
 // Rows of a block on which the frame closes: a multiple of the tile and of the Hadamard block.
@@ -182,7 +182,8 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
       through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
   at::Tensor y = at::empty({m, layer.out}, type);
   if (direct) {
-    row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+    const bool bytes = accuracy() == Accuracy::int8 && row.linear_int8;
+    (bytes ? row.linear_int8 : row.linear)(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
   } else if (by_row) {
     row_product(row, layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
   } else {
@@ -243,8 +244,8 @@ at::Tensor sum_terms(const char* name, const at::Tensor& x, const Bound& bound,
 
 }  // namespace
 
-void set_exact(bool exact) { exact_panels = exact; }
-bool exact() { return exact_panels; }
+void set_accuracy(Accuracy mode) { accuracy_mode = mode; }
+Accuracy accuracy() { return accuracy_mode; }
 void set_progress_hook(Progress hook) { progress_hook = hook; }
 
 void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),

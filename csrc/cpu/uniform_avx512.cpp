@@ -4,7 +4,8 @@
 //          widths spread to bytes first (vpermb brings the bytes of eight codes into 64 bits,
 //          vpmultishiftqb cuts them); vpdpwssd with int16 activations adds neighbouring columns in
 //          32-bit lanes, flushed to float with each lane's scale. Zero points cost one product per
-//          group, with the sums of x. More rows: uniform_limbs_avx512.cpp.
+//          group, with the sums of x. More rows, and all in 8
+//          bits: uniform_limbs_avx512.cpp.
 // decode   two bytes per code by vpermb into 32-bit lanes, shifted by lane.
 #include "fast.h"
 
@@ -243,6 +244,11 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   });
 }
 
+template <int Bits>
+void linear_int8(const Layer& layer, const float* x, int64_t m, float* y) {
+  uniform_limbs_avx512(layer, Bits, 1, x, m, y);
+}
+
 template <int Bits, bool Symmetric, class T>
 void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
   decode_rows<Bits>(layer, Symmetric, row0, row1, w);
@@ -253,6 +259,7 @@ void fill(Row& row, bool symmetric) {
   row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
   row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
+  row.linear_int8 = linear_int8<Bits>;
   row.linear_max_m = std::numeric_limits<int64_t>::max();
   row.linear_type = "integer codes, 16-bit activations per row";
 }
