@@ -439,10 +439,10 @@ def accuracy(mode: str) -> Iterator[None]:
     "auto"   bf16 and 16-bit integers where fast; relative error of a product at most 3e-3
     "exact"  float32
     "int8"   as "auto", but the product of `uniform` on AVX-512, in groups of a multiple of 32,
-             rounds x to 8 bits with a scale for each row and 64 columns (32 where a group is no
-             multiple of 64): each x is off by at most 1/254 of the largest of its 64. That is a
-             relative error of 6e-3 of a product with Gaussian x, and more the further the largest
-             are from the rest. Gradients are those of "auto".
+             with two or more rows rounds x to 8 bits with a scale for each row and 64 columns
+             (32 where a group is no multiple of 64): each x is off by at most 1/254 of the
+             largest of its 64. That is a relative error of 6e-3 of a product with Gaussian x,
+             and more the further the largest are from the rest. Gradients are those of "auto".
     """
     if mode not in ACCURACIES:
         raise ValueError(f"accuracy must be 'auto', 'exact' or 'int8', got {mode!r}")

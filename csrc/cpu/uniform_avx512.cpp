@@ -4,8 +4,7 @@
 //          widths spread to bytes first (vpermb brings the bytes of eight codes into 64 bits,
 //          vpmultishiftqb cuts them); vpdpwssd with int16 activations adds neighbouring columns in
 //          32-bit lanes, flushed to float with each lane's scale. Zero points cost one product per
-//          group, with the sums of x. More rows, and all in 8
-//          bits: uniform_limbs_avx512.cpp.
+//          group, with the sums of x. More rows: uniform_limbs_avx512.cpp.
 // decode   two bytes per code by vpermb into 32-bit lanes, shifted by lane.
 #include "fast.h"
 
@@ -244,8 +243,10 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   });
 }
 
-template <int Bits>
+// One row of x is bound by memory: single bytes were no faster there.
+template <int Bits, bool Symmetric>
 void linear_int8(const Layer& layer, const float* x, int64_t m, float* y) {
+  if (m == 1) return linear<Bits, Symmetric>(layer, x, m, y);
   uniform_limbs_avx512(layer, Bits, 1, x, m, y);
 }
 
@@ -259,7 +260,7 @@ void fill(Row& row, bool symmetric) {
   row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
   row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
-  row.linear_int8 = linear_int8<Bits>;
+  row.linear_int8 = symmetric ? linear_int8<Bits, true> : linear_int8<Bits, false>;
   row.linear_max_m = std::numeric_limits<int64_t>::max();
   row.linear_type = "integer codes, 16-bit activations per row";
 }
