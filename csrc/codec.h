@@ -84,6 +84,8 @@ struct Row {
   void (*linear)(const Layer&, const float* x, int64_t m, float* y) = nullptr;
   int64_t linear_max_m = 0;
   const char* linear_type = "float32";
+  // The same for accuracy "int8", with activations in 8 bits. Optional, beside `linear`.
+  void (*linear_int8)(const Layer&, const float* x, int64_t m, float* y) = nullptr;
   // dx[m * in] = dy[m * out] @ T, any m. Optional: falls back to panels. For codecs whose settings
   // name the arithmetic of both directions; its compute type is `linear_type` too.
   void (*linear_grad_input)(const Layer&, const float* dy, int64_t m, float* dx) = nullptr;

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+
 #include "codecs/all.h"
 #include "codecs/cyclic_tables.h"
 #include "cpu/isa.h"
@@ -29,6 +31,9 @@ rs::Isa isa_from(const std::string& name) {
   throw std::invalid_argument("isa must be generic, avx2 or avx512, got '" + name + "'");
 }
 
+// In the order of rs::Accuracy.
+constexpr const char* kAccuracies[] = {"auto", "exact", "int8"};
+
 const char* axis_name(rs::Axis axis) {
   constexpr const char* names[] = {"out", "in", "both", "shared"};
   return names[static_cast<int>(axis)];
@@ -48,6 +53,7 @@ py::list describe(const std::string& codec, int64_t out, int64_t in) {
     entry["params"] = params;
     entry["hadamard"] = py::make_tuple(row.out_block, row.in_block);
     entry["linear"] = row.linear ? row.linear_type : "panels";
+    entry["linear_int8"] = row.linear_int8 != nullptr;
     entry["linear_max_batch"] = row.linear ? row.linear_max_m : 0;
     entry["fast_panels"] = row.decode_bf16 != nullptr;
     terms.append(entry);
@@ -92,8 +98,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return rs::isa_name(rs::current_isa()); });
   m.def("best_isa", [] { return rs::isa_name(rs::best_isa()); });
   m.def("set_isa", [](const std::string& name) { rs::set_isa(isa_from(name)); });
-  m.def("exact", rs::exact);
-  m.def("set_exact", rs::set_exact);
+  m.def("accuracy", [] { return kAccuracies[static_cast<size_t>(rs::accuracy())]; });
+  m.def("set_accuracy", [](const std::string& name) {
+    const auto at = std::find(std::begin(kAccuracies), std::end(kAccuracies), name);
+    if (at == std::end(kAccuracies)) throw std::invalid_argument("no accuracy: " + name);
+    rs::set_accuracy(static_cast<rs::Accuracy>(at - std::begin(kAccuracies)));
+  });
   m.def("describe", describe);
   m.def("cyclic_tables", [] {
     py::dict tables;

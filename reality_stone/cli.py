@@ -167,7 +167,7 @@ def _bench(args: argparse.Namespace) -> int:
     from . import bench
     from .draw import draw_benchmark
 
-    how = bench.How(backward=args.backward, device=args.device)
+    how = bench.How(backward=args.backward, accuracy=args.accuracy, device=args.device)
     peers = bench.PEERS if args.peers else ()
     found = list(bench.bench(args.shapes, args.batches, args.codecs, peers, how))
     results = [row for row in found if isinstance(row, bench.Result)]
@@ -321,6 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--backward", nargs="?", choices=("input", "all"), const="all", default="none",
         help="and backward: gradients of the input, or (default) of params too",
+    )  # fmt: skip
+    one.add_argument(
+        "--accuracy", choices=("auto", "exact", "int8"), default="auto",
+        help="of the codecs' products; int8: activations in 8 bits where a kernel takes them "
+        "(default auto)",
     )  # fmt: skip
     one.add_argument("--peers", action="store_true", help="other libraries too, where installed")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")

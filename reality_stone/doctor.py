@@ -107,6 +107,8 @@ def kernel_names(codec: Codec) -> list[str]:
             text = f"{direct} at any batch"
         else:
             text = f"{direct} to batch {batch}, then {panels}"
+        if term["linear_int8"]:
+            text += "; 8-bit activations from batch 2 on with accuracy int8"
         found.append(f"{term['name']}: {text}")
     return found or ["plain torch"]
 

@@ -23,6 +23,8 @@ except ImportError as error:
 else:
     MISSING = ""
 
+ACCURACIES = ("auto", "exact", "int8")
+
 # Equal to the schemas in csrc/library.cpp; a test compares them.
 SCHEMAS = {
     "encode": "(Tensor weight, Tensor? importance, Tensor[] params, str codec)"
@@ -432,18 +434,26 @@ def use_isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def accuracy(mode: str) -> Iterator[None]:
-    """Compute type of `linear` and its gradients: "auto" (bf16 and int16 where fast; relative error
-    of a product at most 3e-3) or "exact" (float32). Process-wide; the compiled library only."""
-    if mode not in ("auto", "exact"):
-        raise ValueError(f"accuracy must be 'auto' or 'exact', got {mode!r}")
-    before = compiled() and _C.exact()
+    """Compute type of `linear` and its gradients. Process-wide; the compiled library only.
+
+    "auto"   bf16 and 16-bit integers where fast; relative error of a product at most 3e-3
+    "exact"  float32
+    "int8"   as "auto", but the product of `uniform` on AVX-512, in groups of a multiple of 32,
+             with two or more rows rounds x to 8 bits with a scale for each row and 64 columns
+             (32 where a group is no multiple of 64): each x is off by at most 1/254 of the
+             largest of its 64. That is a relative error of 6e-3 of a product with Gaussian x,
+             and more the further the largest are from the rest. Gradients are those of "auto".
+    """
+    if mode not in ACCURACIES:
+        raise ValueError(f"accuracy must be 'auto', 'exact' or 'int8', got {mode!r}")
+    before = _C.accuracy() if compiled() else mode
     if compiled():
-        _C.set_exact(mode == "exact")
+        _C.set_accuracy(mode)
     try:
         yield
     finally:
         if compiled():
-            _C.set_exact(before)
+            _C.set_accuracy(before)
 
 
 @contextlib.contextmanager

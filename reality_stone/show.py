@@ -174,9 +174,9 @@ def benchmark(found: Sequence[Result | Failed]) -> str:
     )  # fmt: skip
     lines = [table(head, body), *failures(found)]
     lines.append(
-        f"{BACKWARD[first.backward]}, {first.device}, {first.threads} threads, {first.isa}; median "
-        "of interleaved turns, spread is half of the middle 80 %; copies of the weights rotate and "
-        "exceed three times the cache"
+        f"{BACKWARD[first.backward]}, accuracy {first.accuracy}, {first.device}, "
+        f"{first.threads} threads, {first.isa}; median of interleaved turns, spread is half of the "
+        "middle 80 %; copies of the weights rotate and exceed three times the cache"
     )
     if first.share is not None:
         lines.append(limits(results))

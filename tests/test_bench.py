@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reality_stone import bench, cli, show
+from reality_stone import bench, cli, ops, show
 from reality_stone.bench import contenders, measure, roofline, timing
 from reality_stone.bench.peers import PEERS, Peer
 from reality_stone.bench.roofline import Ceiling, Work
@@ -137,6 +137,36 @@ def test_work_of_a_layer_counts_the_bytes_it_stores():
     assert ours.work(shape, 1, "all").bytes == 3 * (stored + (48 + 64) * 4) + trained
     half = contenders.dense(shape, "cpu")["torch bfloat16"]
     assert half.work(shape, 2, "none").bytes == 48 * 64 * 2 + 2 * (48 + 64) * 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_accuracy_of_the_products_is_set_while_they_run_and_stated(run):
+    with pytest.raises(ValueError, match="accuracy is one of auto, exact, int8, got 'best'"):
+        bench.How(accuracy="best")
+    for mode in ops.ACCURACIES:
+        code, out, _ = run("--accuracy", mode)
+        assert code == 0
+        assert f"accuracy {mode}, cpu" in out
+        rows = json.loads(run("--accuracy", mode, "--json")[1])["results"]
+        assert {row["accuracy"] for row in rows} == {mode}
+        assert ops._C.accuracy() == "auto"
+    seen = set()
+    how = bench.How(accuracy="int8", roofline=False)
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.add(ops._C.accuracy())
+            return super().forward(x)
+
+    def build(weight):
+        layer = Spy(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight.clone())
+        return layer
+
+    spy = peer("spy", build)
+    for _ in bench.bench([(48, 64)], [1], [codec(CODEC)], [spy], how, progress=False):
+        assert ops._C.accuracy() == "auto"
+    assert "int8" in seen
 
 
 # --- peers ---

@@ -162,7 +162,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="isa must be generic, avx2 or avx512"), ops.use_isa("mmx"):
         pass
     with (
-        pytest.raises(ValueError, match="accuracy must be 'auto' or 'exact'"),
+        pytest.raises(ValueError, match="accuracy must be 'auto', 'exact' or 'int8'"),
         ops.accuracy("best"),
     ):
         pass
@@ -173,7 +173,17 @@ def test_settings_of_the_library_come_back_after_an_error():
     with pytest.raises(KeyError), ops.use_isa("generic"), ops.accuracy("exact"):
         raise KeyError
     assert ops.isa() == before
-    assert not ops._C.exact()
+    assert ops._C.accuracy() == "auto"
+
+
+def test_accuracies_nest_and_each_comes_back():
+    for outer in ops.ACCURACIES:
+        with ops.accuracy(outer):
+            for inner in ops.ACCURACIES:
+                with ops.accuracy(inner):
+                    assert ops._C.accuracy() == inner
+                assert ops._C.accuracy() == outer
+    assert ops._C.accuracy() == "auto"
 
 
 def test_every_codec_works_without_the_compiled_library_after_one_notice():

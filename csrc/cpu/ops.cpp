@@ -12,12 +12,12 @@
 namespace rs {
 namespace {
 
-std::atomic<bool> exact_panels{false};
+std::atomic<Accuracy> accuracy_mode{Accuracy::automatic};
 
 }  // namespace
 
-void set_exact(bool exact) { exact_panels = exact; }
-bool exact() { return exact_panels; }
+void set_accuracy(Accuracy mode) { accuracy_mode = mode; }
+Accuracy accuracy() { return accuracy_mode; }
 
 void parallel_for_raw(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
                       void* context) {

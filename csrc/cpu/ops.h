@@ -31,9 +31,12 @@ at::Tensor bit_derivative(const at::Tensor& codes, int64_t order, c10::string_vi
 void check_codes(const at::Tensor& codes, at::TensorList params, c10::string_view codec,
                  at::IntArrayRef shape);
 
-// Panels in float32 everywhere when set; otherwise in bfloat16 where the processor multiplies it.
-void set_exact(bool exact);
-bool exact();
+// automatic: bfloat16 and 16-bit integers where they are fast; exact: float32 everywhere; int8: as
+// automatic, with activations in 8 bits where a codec has such a product.
+enum class Accuracy { automatic, exact, int8 };
+void set_accuracy(Accuracy mode);
+Accuracy accuracy();
+inline bool exact() { return accuracy() == Accuracy::exact; }
 
 // Called between chunks of long work on the calling thread; may throw to stop it.
 using Progress = void (*)(int64_t done, int64_t total);

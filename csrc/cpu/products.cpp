@@ -99,7 +99,8 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
                     narrow ? at::kBFloat16 : at::kFloat);
   at::Tensor y = at::empty({m, layer.out});
   if (direct) {
-    row.linear(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
+    const bool bytes = accuracy() == Accuracy::int8 && row.linear_int8;
+    (bytes ? row.linear_int8 : row.linear)(layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
   } else if (by_row) {
     row_product(row, layer, inside.data_ptr<float>(), m, y.data_ptr<float>());
 #if RS_FAST_X86

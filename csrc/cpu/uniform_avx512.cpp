@@ -208,7 +208,7 @@ namespace {
 
 template <int Bits, bool Symmetric>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  if (m > 1) return uniform_limbs_avx512(layer, Bits, x, m, y);
+  if (m > 1) return uniform_limbs_avx512(layer, Bits, 2, x, m, y);
   constexpr int kView = uniform_view(Bits);
   const UniformGroups groups(layer.tile.cols, kView);
   const UniformActivations values(x, 1, layer.in, kView, layer.tile.cols);
@@ -216,6 +216,13 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
     const Lines<float> repeated(groups.repeat > 1 ? layer.in / groups.group : 0);
     product<Bits>({layer, groups, values, Symmetric, repeated.get(), y}, begin, end);
   });
+}
+
+// One row of x is bound by memory: single bytes were no faster there.
+template <int Bits, bool Symmetric>
+void linear_int8(const Layer& layer, const float* x, int64_t m, float* y) {
+  if (m == 1) return linear<Bits, Symmetric>(layer, x, m, y);
+  uniform_limbs_avx512(layer, Bits, 1, x, m, y);
 }
 
 template <int Bits, bool Symmetric, class T>
@@ -228,6 +235,7 @@ void fill(Row& row, bool symmetric) {
   row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
   row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
+  row.linear_int8 = symmetric ? linear_int8<Bits, true> : linear_int8<Bits, false>;
   row.linear_max_m = std::numeric_limits<int64_t>::max();
   row.linear_type = "integer codes, 16-bit activations per row";
 }

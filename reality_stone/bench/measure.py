@@ -19,10 +19,12 @@ from .timing import Run, device_seconds, graphed, host_seconds, interleaved
 @dataclass(frozen=True)
 class How:
     """`backward` is "none", "input" or "all": gradients of the input, or also of everything
-    trainable (params of a codec, the weight of torch). `roofline` measures the limits too. `limit`
-    are seconds for a shape and batch, beyond which there are fewer turns."""
+    trainable (params of a codec, the weight of torch). `accuracy` is that of the codecs' products
+    (`ops.accuracy`). `roofline` measures the limits too. `limit` are seconds for a shape and batch,
+    beyond which there are fewer turns."""
 
     backward: str = "none"
+    accuracy: str = "auto"
     device: str = "cpu"
     roofline: bool = True
     turns: int = 11
@@ -33,6 +35,10 @@ class How:
         if self.backward not in roofline.PASSES:
             raise ValueError(
                 f"backward is one of {', '.join(roofline.PASSES)}, got {self.backward!r}"
+            )
+        if self.accuracy not in ops.ACCURACIES:
+            raise ValueError(
+                f"accuracy is one of {', '.join(ops.ACCURACIES)}, got {self.accuracy!r}"
             )
         if self.device not in AGAINST:
             raise ValueError(f"device is one of {', '.join(AGAINST)}, got {self.device!r}")
@@ -51,6 +57,7 @@ class Result:
     what: str
     kind: str  # ours, torch or peer
     backward: str
+    accuracy: str
     device: str
     bits_per_weight: float
     seconds: float
@@ -125,7 +132,9 @@ def bench(
                 except Exception as error:  # whatever another library raises
                     reasons[peer.name] = _reason(error)
             for batch in batches:
-                yield from _turns(found, limits, dict(reasons), shape, batch, how)
+                with ops.accuracy(how.accuracy):  # not while the caller has a row
+                    rows = list(_turns(found, limits, dict(reasons), shape, batch, how))
+                yield from rows
                 bar.update()
 
 
@@ -178,6 +187,7 @@ def _turns(
             what=name,
             kind=one.kind,
             backward=how.backward,
+            accuracy=how.accuracy,
             device=how.device,
             bits_per_weight=one.bits,
             seconds=seconds[name],
