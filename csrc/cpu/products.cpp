@@ -12,10 +12,9 @@
 namespace rs {
 namespace {
 
-// Rows per panel: about `elements` weights, whole blocks.
-int64_t panel_rows(const Row& row, const Layer& layer, int64_t elements) {
-  const int64_t unit = block_rows(row);
-  return std::max<int64_t>(1, elements / std::max<int64_t>(1, layer.in * unit)) * unit;
+// Rows of about `weights` weights, in multiples of `unit`.
+int64_t rows_of(int64_t weights, int64_t unit, const Layer& layer) {
+  return std::max<int64_t>(1, weights / std::max<int64_t>(1, layer.in * unit)) * unit;
 }
 
 // Weights decoded at a time where they are used at once: 128 KB, in the second-level cache.
@@ -36,7 +35,7 @@ struct Panels {
   at::Tensor buffer;
 
   Panels(const Row& row, const Layer& layer, int64_t elements)
-      : row(row), layer(layer), rows(std::min(panel_rows(row, layer, elements), layer.out)) {
+      : row(row), layer(layer), rows(std::min(rows_of(elements, row.tile.rows, layer), layer.out)) {
     // Kept by the thread: fresh pages for every call cost as much as decoding into them.
     thread_local at::Tensor pages;
     if (!pages.defined() || pages.numel() < rows * layer.in) pages = at::empty({rows * layer.in});
@@ -66,7 +65,7 @@ constexpr int64_t kRowProduct = 8;
 // y[m * out] = x[m * in] @ T^T in float32. Rows are decoded a few at a time: they stay in the
 // second-level cache, and a codec builds its tables once for all of them.
 void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, float* y) {
-  const int64_t in = layer.in, chunk = panel_rows(row, layer, kChunk);
+  const int64_t in = layer.in, chunk = rows_of(kChunk, row.tile.rows, layer);
   parallel_for(layer.out, chunk, [&](int64_t begin, int64_t end) {
     std::vector<float> w(static_cast<size_t>(chunk * in));
     for (int64_t r = begin; r < end; r += chunk) {
@@ -75,6 +74,31 @@ void row_product(const Row& row, const Layer& layer, const float* x, int64_t m, 
       dots(w.data(), rows, x, m, in, y + r, layer.out);
     }
   });
+}
+
+// dx[m * in] = dy[m * out] @ T the same way. Each of kParts runs of rows, whatever the number of
+// threads, has sums of its own.
+void row_grad_input(const Row& row, const Layer& layer, const float* dy, int64_t m, float* dx) {
+  constexpr int64_t kParts = 16;
+  const int64_t in = layer.in, chunk = rows_of(kChunk, row.tile.rows, layer);
+  const int64_t part = round_up((layer.out + kParts - 1) / kParts, chunk);
+  const int64_t parts = (layer.out + part - 1) / part;
+  std::vector<float> sums(static_cast<size_t>((parts - 1) * m * in));
+  std::fill_n(dx, m * in, 0.0f);
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(static_cast<size_t>(chunk * in));
+    for (int64_t p = begin; p < end; ++p) {
+      float* to = p ? sums.data() + (p - 1) * m * in : dx;
+      const int64_t last = std::min((p + 1) * part, layer.out);
+      for (int64_t r = p * part; r < last; r += chunk) {
+        const int64_t rows = std::min(chunk, last - r);
+        row.decode(layer, r, r + rows, w.data());
+        add_rows(w.data(), rows, dy + r, m, layer.out, in, to);
+      }
+    }
+  });
+  for (int64_t p = 0; p + 1 < parts; ++p)
+    for (int64_t i = 0; i < m * in; ++i) dx[i] += sums[static_cast<size_t>(p * m * in + i)];
 }
 
 // Exact accuracy takes the slots' own products only when they are made in float32.
@@ -121,7 +145,8 @@ at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, cons
                            at::ScalarType result) {
   const int64_t m = grad.size(0);
   const bool direct = row.linear_grad_input && may_compute_so(row);
-  const bool narrow = !direct && bf16_panels();
+  const bool by_row = !direct && m <= kRowProduct;
+  const bool narrow = !direct && !by_row && bf16_panels();
   const int64_t width = narrow ? round_up(layer.out, 2) : layer.out;
   const at::Tensor inside =
       through_frame(grad, shape.out, width, param(layer, row.out_scale), row.out_block, nullptr,
@@ -129,6 +154,8 @@ at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, cons
   at::Tensor dx = at::empty({m, layer.in});
   if (direct) {
     row.linear_grad_input(layer, inside.data_ptr<float>(), m, dx.data_ptr<float>());
+  } else if (by_row) {
+    row_grad_input(row, layer, inside.data_ptr<float>(), m, dx.data_ptr<float>());
 #if RS_FAST_X86
   } else if (narrow) {
     panel_grad_input(row, layer, bits(inside), m, width, dx.data_ptr<float>());
