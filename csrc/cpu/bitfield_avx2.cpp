@@ -9,6 +9,7 @@
 
 #include "../codecs/bitfield.h"
 #include "half.h"
+#include "integers.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2")

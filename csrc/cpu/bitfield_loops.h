@@ -9,6 +9,7 @@
 
 #include "../codecs/bitfield.h"
 #include "half.h"
+#include "integers.h"
 
 #define RS_FLAT __attribute__((always_inline)) inline
 
@@ -108,7 +109,7 @@ void decode_blocks(const Layer& layer, const typename Codec::Tables& tables, int
 template <int B>
 struct Side {
   typedef float Vector __attribute__((vector_size(4 * B)));
-  typedef float Stored __attribute__((vector_size(4 * B), aligned(4)));
+  typedef float Stored __attribute__((vector_size(4 * B), aligned(4), may_alias));
 };
 
 template <>
@@ -173,20 +174,46 @@ void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, con
   }
 }
 
-// dots of codes [code0, code1); x is (m, in), the basis turned to (block, 256).
+// dots of codes [code0, code1) with one row of x; the basis is turned to (block, 256).
+RS_FLAT void fill_dots_of_one(const float* x, const float* turned, int64_t block, int64_t code0,
+                              int64_t code1, float* dots) {
+  for (int64_t c = code0; c < code1; ++c) {
+    float sums[kBasis] = {};
+    for (int64_t j = 0; j < block; ++j)
+      for (int k = 0; k < kBasis; ++k)
+        sums[k] = multiply_add(x[c * block + j], turned[j * kBasis + k], sums[k]);
+    for (int k = 0; k < kBasis; ++k) dots[c * kBasis + k] = sums[k];
+  }
+}
+
+// The same with m <= B rows of x (m, in), side by side; the basis is (256, block).
 template <int B>
-void fill_dots(const float* x, int64_t in, int64_t m, const float* turned, int64_t block,
-               int64_t code0, int64_t code1, float* dots) {
-  for (int64_t c = code0; c < code1; ++c)
-    for (int64_t b = 0; b < m; ++b) {
-      float sums[kBasis] = {};
-      for (int64_t j = 0; j < block; ++j) {
-        const float value = x[b * in + c * block + j];
-        for (int k = 0; k < kBasis; ++k)
-          sums[k] = multiply_add(value, turned[j * kBasis + k], sums[k]);
-      }
-      for (int k = 0; k < kBasis; ++k) dots[(c * kBasis + k) * B + b] = sums[k];
+RS_FLAT void fill_dots_of_side(const float* x, int64_t in, int64_t m, const float* basis,
+                               int64_t block, int64_t code0, int64_t code1, float* dots) {
+  using Vector = typename Side<B>::Vector;
+  using Stored = typename Side<B>::Stored;
+  const Lines<float> side(block * B);
+  for (int64_t c = code0; c < code1; ++c) {
+    for (int64_t b = 0; b < m; ++b)
+      for (int64_t j = 0; j < block; ++j) side[j * B + b] = x[b * in + c * block + j];
+    for (int k = 0; k < kBasis; ++k) {
+      Vector sum{};
+      for (int64_t j = 0; j < block; ++j)
+        sum += *reinterpret_cast<const Stored*>(&side[j * B]) * basis[k * block + j];
+      *reinterpret_cast<Stored*>(dots + (c * kBasis + k) * B) = sum;
     }
+  }
+}
+
+template <int B>
+void fill_dots(const float* x, int64_t in, int64_t m, const float* basis, const float* turned,
+               int64_t block, int64_t code0, int64_t code1, float* dots) {
+  if constexpr (B == 1)
+    fill_dots_of_one(x, turned, block, code0, code1, dots);
+  else if (block == 8)  // the usual length is a constant, so that the compiler unrolls
+    fill_dots_of_side<B>(x, in, m, basis, 8, code0, code1, dots);
+  else
+    fill_dots_of_side<B>(x, in, m, basis, block, code0, code1, dots);
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "bitfield_loops.h"
-#include "integers.h"
 #include "parallel.h"
 
 namespace rs {
@@ -20,7 +19,11 @@ void linear_slot(const Layer& layer, const float* x, int64_t m, float* y) {
   const typename Codec::Tables tables(layer);
   const int64_t codes = layer.tile_cols() * Codec::kCodes, block = layer.in / codes;
   const int64_t most = m == 1 ? 1 : m <= 4 ? 4 : kMaxBatch;
-  const Lines<float> dots(codes * kBasis * most), turned(block * kBasis);
+  // Whole cache lines, not set to zero: that would take as long as the dots.
+  const auto room = std::make_unique_for_overwrite<Bytes[]>(
+      static_cast<size_t>(codes * kBasis * most) * sizeof(float) / sizeof(Bytes));
+  auto* dots = reinterpret_cast<float*>(room.get());
+  const Lines<float> turned(block * kBasis);
   for (int64_t k = 0; k < kBasis; ++k)
     for (int64_t j = 0; j < block; ++j) turned[j * kBasis + k] = tables.basis[k * block + j];
   for (int64_t b = 0; b < m; b += kMaxBatch) {
@@ -29,10 +32,10 @@ void linear_slot(const Layer& layer, const float* x, int64_t m, float* y) {
     float* out = y + b * layer.out;
     const auto run = [&]<int B>() {
       parallel_for(codes, row_grain(codes, kBasis * block), [&](int64_t begin, int64_t end) {
-        fill_dots<B>(rows, layer.in, batch, turned.get(), block, begin, end, dots.get());
+        fill_dots<B>(rows, layer.in, batch, tables.basis, turned.get(), block, begin, end, dots);
       });
       parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
-        multiply_rows<Codec, B>(layer, tables, dots.get(), begin, end, batch, out);
+        multiply_rows<Codec, B>(layer, tables, dots, begin, end, batch, out);
       });
     };
     batch == 1   ? run.template operator()<1>()
