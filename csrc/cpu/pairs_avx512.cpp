@@ -86,7 +86,40 @@ void multiply(LeftPairs a, const uint32_t* b, int64_t apart, int64_t pairs, int6
   } while (p < pairs);
 }
 
+// Four rows of w by N of x, both along the summed dimension.
+template <int N>
+void dots(const uint16_t* w, const uint16_t* x, int64_t n, int64_t rows, float* y, int64_t stride) {
+  constexpr int kRows = 4, kWide = 32;
+  __m512 sums[kRows][N];
+  for (auto& row : sums)
+    for (__m512& one : row) one = _mm512_setzero_ps();
+  const uint16_t* from[kRows];  // rows that are not there read the first
+  for (int i = 0; i < kRows; ++i) from[i] = i < rows ? w + i * n : w;
+  for (int64_t k = 0; k < n; k += kWide) {
+    const __mmask32 mask = n - k < kWide ? (1u << (n - k)) - 1 : ~0u;
+    __m512bh right[N];
+    for (int j = 0; j < N; ++j) right[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + j * n + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(mask, from[i] + k);
+      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < N; ++j)
+      if (i < rows) y[i * stride + j] = _mm512_reduce_add_ps(sums[i][j]);
+}
+
 }  // namespace
+
+void dot_product(const uint16_t* w, const uint16_t* x, int64_t n, int64_t rows, int64_t cols,
+                 float* y, int64_t stride) {
+  using Part = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, float*, int64_t);
+  constexpr Part parts[kDotCols] = {dots<1>, dots<2>, dots<3>, dots<4>};
+  for (int64_t i = 0; i < rows; i += 4)
+    parts[cols - 1](w + i * n, x, n, rows - i, y + i * stride, stride);
+}
+
 }  // namespace rs
 
 #pragma GCC pop_options
