@@ -29,6 +29,12 @@ void pair_columns(const uint16_t* x, int64_t rows, int64_t stride, int64_t pairs
 void pair_product(LeftPairs a, const uint32_t* b, int64_t apart, int64_t pairs, int64_t rows,
                   int64_t cols, float* y, int64_t stride, bool add);
 
+// y[rows * stride] = w[rows * n] @ x[cols * n]^T for one to kDotCols columns, which pair_product
+// would pad to 16.
+constexpr int64_t kDotCols = 4;
+void dot_product(const uint16_t* w, const uint16_t* x, int64_t n, int64_t rows, int64_t cols,
+                 float* y, int64_t stride);
+
 // A batch (rows, n) whose sums are over its rows.
 struct PairedBatch {
   int64_t pairs, width;

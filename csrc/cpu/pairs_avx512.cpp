@@ -39,33 +39,33 @@ void pair_all(const uint16_t* x, int64_t rows, int64_t n, int64_t stride, int64_
       }
 }
 
-// Eight rows by 32 columns: sixteen sums in registers, each pair on the left meeting two vectors.
+// Eight rows by one or two vectors of columns, the sums in registers.
 // Packed: pairs of the rows lie side by side, and otherwise those of a row.
-template <bool Packed>
-RS_INLINE void rectangle(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs,
-                         int64_t rows, int64_t cols, float* y, int64_t stride, bool add) {
+template <bool Packed, int Vectors>
+void rectangle(const uint32_t* a, int64_t row, const uint32_t* b, int64_t pairs, int64_t rows,
+               int64_t cols, float* y, int64_t stride, bool add) {
   const __mmask16 masks[2] = {lanes(cols), lanes(cols - 16)};
-  __m512 sum[kPairRows][2];
+  __m512 sum[kPairRows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kPairRows; ++i)
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < Vectors; ++j)
       sum[i][j] = add && i < rows ? _mm512_maskz_loadu_ps(masks[j], y + i * stride + 16 * j)
                                   : _mm512_setzero_ps();
   const uint32_t* from[kPairRows];  // rows that are not there read the first
   for (int i = 0; i < kPairRows; ++i) from[i] = Packed ? a + i : i < rows ? a + i * row : a;
   for (int64_t p = 0; p < pairs; ++p, b += kPairCols) {
-    const __m512bh left = (__m512bh)load(b), right = (__m512bh)load(b + 16);
+    __m512bh right[Vectors];
+    for (int j = 0; j < Vectors; ++j) right[j] = (__m512bh)load(b + 16 * j);
 #pragma GCC unroll 8
     for (int i = 0; i < kPairRows; ++i) {
       const uint32_t both = from[i][Packed ? p * kPairRows : p];
       const __m512bh wide = (__m512bh)_mm512_set1_epi32(static_cast<int>(both));
-      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], wide, left);
-      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], wide, right);
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], wide, right[j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kPairRows; ++i)
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < Vectors; ++j)
       if (i < rows) _mm512_mask_storeu_ps(y + i * stride + 16 * j, masks[j], sum[i][j]);
 }
 
@@ -75,16 +75,51 @@ void multiply(LeftPairs a, const uint32_t* b, int64_t apart, int64_t pairs, int6
   int64_t p = 0;
   do {  // of no pairs the product is zero
     const int64_t depth = pairs - p < kDepth ? pairs - p : kDepth;
-    for (int64_t j = 0; j < cols; j += kPairCols)
+    for (int64_t j = 0; j < cols; j += kPairCols) {
+      const auto part = cols - j > 16 ? rectangle<Packed, 2> : rectangle<Packed, 1>;
       for (int64_t i = 0; i < rows; i += kPairRows)
-        rectangle<Packed>(a.at + i / kPairRows * a.group + p * a.pair, a.row,
-                          b + j / kPairCols * apart + p * kPairCols, depth, rows - i, cols - j,
-                          y + i * stride + j, stride, add || p);
+        part(a.at + i / kPairRows * a.group + p * a.pair, a.row,
+             b + j / kPairCols * apart + p * kPairCols, depth, rows - i, cols - j,
+             y + i * stride + j, stride, add || p);
+    }
     p += kDepth;
   } while (p < pairs);
 }
 
+// Four rows of w by N of x, both along the summed dimension.
+template <int N>
+void dots(const uint16_t* w, const uint16_t* x, int64_t n, int64_t rows, float* y, int64_t stride) {
+  constexpr int kRows = 4, kWide = 32;
+  __m512 sums[kRows][N];
+  for (auto& row : sums)
+    for (__m512& one : row) one = _mm512_setzero_ps();
+  const uint16_t* from[kRows];  // rows that are not there read the first
+  for (int i = 0; i < kRows; ++i) from[i] = i < rows ? w + i * n : w;
+  for (int64_t k = 0; k < n; k += kWide) {
+    const __mmask32 mask = n - k < kWide ? (1u << (n - k)) - 1 : ~0u;
+    __m512bh right[N];
+    for (int j = 0; j < N; ++j) right[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + j * n + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(mask, from[i] + k);
+      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < N; ++j)
+      if (i < rows) y[i * stride + j] = _mm512_reduce_add_ps(sums[i][j]);
+}
+
 }  // namespace
+
+void dot_product(const uint16_t* w, const uint16_t* x, int64_t n, int64_t rows, int64_t cols,
+                 float* y, int64_t stride) {
+  using Part = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, float*, int64_t);
+  constexpr Part parts[kDotCols] = {dots<1>, dots<2>, dots<3>, dots<4>};
+  for (int64_t i = 0; i < rows; i += 4)
+    parts[cols - 1](w + i * n, x, n, rows - i, y + i * stride, stride);
+}
+
 }  // namespace rs
 
 #pragma GCC pop_options

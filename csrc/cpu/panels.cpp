@@ -53,9 +53,10 @@ uint32_t* kept_panel(int64_t n) {
 
 void panel_linear(const Row& row, const Layer& layer, const uint16_t* x, int64_t m, float* y) {
   const int64_t in = layer.in, out = layer.out, pairs = in / 2;
+  const int64_t rest = m % 16 <= kDotCols ? m % 16 : 0, whole = m - rest;
   const int64_t piece = rows_of(kPiece, std::lcm(row.tile.rows, kPairRows), layer);
-  const Lines<uint32_t> right(round_up(m, kPairCols) * pairs);
-  pair_columns(x, m, in, pairs, kPairCols, right.get());
+  const Lines<uint32_t> right(round_up(whole, kPairCols) * pairs);
+  pair_columns(x, whole, in, pairs, kPairCols, right.get());
   parallel_for(out, piece, [&](int64_t begin, int64_t end) {
     const Lines<uint32_t> w(std::min(piece, end - begin) * pairs);
     const Lines<float> part(piece * kBatch);
@@ -63,9 +64,13 @@ void panel_linear(const Row& row, const Layer& layer, const uint16_t* x, int64_t
       const int64_t rows = std::min(piece, end - r);
       decode_narrow(row, layer, r, r + rows, reinterpret_cast<uint16_t*>(w.get()));
       for (int64_t b = 0; b < m; b += kBatch) {
-        const int64_t cols = std::min(kBatch, m - b);
-        pair_product({w.get(), kPairRows * pairs, pairs, 1}, right.get() + b * pairs,
-                     kPairCols * pairs, pairs, rows, cols, part.get(), kBatch, false);
+        const int64_t cols = std::min(kBatch, m - b), paired = std::min(cols, whole - b);
+        if (paired)
+          pair_product({w.get(), kPairRows * pairs, pairs, 1}, right.get() + b * pairs,
+                       kPairCols * pairs, pairs, rows, paired, part.get(), kBatch, false);
+        if (paired < cols)
+          dot_product(reinterpret_cast<const uint16_t*>(w.get()), x + (b + paired) * in, in, rows,
+                      cols - paired, part.get() + paired, kBatch);
         for (int64_t j = 0; j < cols; ++j)
           for (int64_t i = 0; i < rows; ++i) y[(b + j) * out + r + i] = part[i * kBatch + j];
       }
