@@ -87,7 +87,7 @@ namespace {
 
 struct MulView {
   static constexpr int kParts = 4, kLane = 2, kBytes = 64;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kPrepared = false;
   __m512i pairs;
 
   // Entry e holds the multipliers of deltas e % 4 and e / 4.
@@ -108,7 +108,7 @@ struct MulView {
 
 struct XorView {
   static constexpr int kParts = 4, kLane = 8, kBytes = 64;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPrepared = false;
   struct Words {
     __m512i codes, values[2];
   };
