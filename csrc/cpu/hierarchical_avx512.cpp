@@ -5,7 +5,9 @@
 //          mode=xor: the four weights that a tile's base stands for as int16, of all tiles of a
 //          block in two registers; then each weight's delta chooses among them.
 // adjoint  as decode; sums by entry in registers.
-// decode   eight 32-bit lanes per tile, each shifted to its own delta.
+// decode   eight 32-bit lanes per tile, each shifted to its own delta. To bfloat16 the four values
+// of
+//          every tile first, rounded, and each weight's from two registers of them.
 #include "fast.h"
 
 #if RS_FAST_X86
@@ -26,6 +28,25 @@ struct Spread {
   }
 };
 constexpr Spread kSpread;
+
+// Of weights 32j and following of a block of sixteen tiles: the tile, and where in its doubled
+// 32 bits the delta is, four bits too low.
+struct Chosen {
+  alignas(64) uint32_t from[4][16]{};
+  alignas(64) uint16_t tile[4][32]{}, upper[32]{};
+  Bytes deltas{};
+  constexpr Chosen() {
+    for (int i = 0; i < 64; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        from[j][i / 4] = static_cast<uint32_t>(4 * j + i / 16);
+        tile[j][i / 2] = static_cast<uint16_t>(4 * j + i / 16);
+      }
+      upper[i / 2] = static_cast<uint16_t>(i | 1);
+      deltas.at[i] = static_cast<uint8_t>(12 + i / 2 % 8 * 2 + i % 2 * 8);
+    }
+  }
+};
+constexpr Chosen kChosen;
 
 template <bool Xor>
 constexpr int kEntries = Xor ? XorMode::kEntries : MulMode::kEntries;
@@ -173,13 +194,6 @@ RS_INLINE Weights xor_weights(__m512i tile, __m512i delta) {
   return {_mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp)), code};  // exact
 }
 
-RS_INLINE void store_values(float* w, __m512 x, __mmask16 mask) {
-  _mm512_mask_storeu_ps(w, mask, x);
-}
-RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
-  store_lanes(w, _mm512_srli_epi32(round_bf16(x), 16), mask);
-}
-
 template <bool Xor, class Visit>
 RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
   const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
@@ -201,15 +215,57 @@ RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
     visit(j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
 }
 
-template <bool Xor, class T>
-void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+template <bool Xor>
+RS_INLINE __m512 entries_of(const Layer& layer) {
   alignas(64) float table[16];
   for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % kEntries<Xor>]);
-  const __m512 entries = _mm512_load_ps(table);
+  return _mm512_load_ps(table);
+}
+
+template <bool Xor>
+void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const __m512 entries = entries_of<Xor>(layer);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
     each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
-      store_values(w + j, _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)), mask);
+      _mm512_mask_storeu_ps(w + j, mask,
+                            _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)));
     });
+}
+
+// The values of deltas `first` and first + 1 of sixteen tiles, in bfloat16.
+template <bool Xor>
+RS_INLINE __m512i two_values(__m512i tiles, __m512 entries, int first) {
+  __m512i rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i delta = _mm512_set1_epi32(first + i);
+    const Weights at = Xor ? xor_weights(tiles, delta) : mul_weights(tiles, delta);
+    rounded[i] = round_bf16(_mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)));
+  }
+  return _mm512_permutex2var_epi16(rounded[0], load(kChosen.upper), rounded[1]);
+}
+
+template <bool Xor>
+void decode_bf16_rows(const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  const __m512 entries = entries_of<Xor>(layer);
+  const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 4;
+  for (int64_t row = row0; row < row1; ++row)
+    for (int64_t n = layer.in; n > 0; n -= 128) {
+      const int64_t columns = std::min<int64_t>(n, 128);
+      const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes(columns / 8), codes);
+      const __m512i low = two_values<Xor>(tiles, entries, 0);
+      const __m512i high = two_values<Xor>(tiles, entries, 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i delta = _mm512_multishift_epi64_epi8(
+            load(kChosen.deltas.at), _mm512_permutexvar_epi32(load(kChosen.from[j]), tiles));
+        const __m512i at =
+            _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(0x30), load(kChosen.tile[j]), 0xEA);
+        _mm512_mask_storeu_epi16(w + 32 * j, static_cast<__mmask32>(first_bytes(columns - 32 * j)),
+                                 _mm512_permutex2var_epi16(low, at, high));
+      }
+      codes += columns / 8 * 4;
+      w += columns;
+    }
 }
 
 // Adds factor * dw[(row1-row0) * in] of the weights of each entry to total.
@@ -256,8 +312,8 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
-  row.decode = exclusive_or ? decode_rows<true, float> : decode_rows<false, float>;
-  row.decode_bf16 = exclusive_or ? decode_rows<true, uint16_t> : decode_rows<false, uint16_t>;
+  row.decode = exclusive_or ? decode_rows<true> : decode_rows<false>;
+  row.decode_bf16 = exclusive_or ? decode_bf16_rows<true> : decode_bf16_rows<false>;
   row.adjoint = exclusive_or ? adjoint<true> : adjoint<false>;
   row.linear = exclusive_or ? linear_xor : linear_mul;
   row.linear_max_m = 2 * kMaxBatch;
