@@ -68,8 +68,6 @@ struct Row {
 
   // Frame: indices into params, or -1; Hadamard block sizes, 1 for none.
   int out_scale = -1, in_scale = -1;
-  // The shared param, if any, of which every weight of T is an entry. Wants an out_scale.
-  int levels = -1;
   int64_t out_block = 1, in_block = 1;
 
   // w[(row1-row0) * in]: rows [row0, row1) of T. Bit-exact on every instruction set.

@@ -271,7 +271,6 @@ std::vector<Term> palette_terms(const Spec& spec, Shape shape) {
     if (layout == "pair") row.params[0].sizes.push_back(2);
     row.params.push_back({"out_scale", Axis::out, {shape.out}});
     row.out_scale = 1;
-    row.levels = 0;
   }
   row.encode_batch = std::max<int64_t>(1, 8192 / row.tile.cols);
   const PaletteLayout kind = layout == "pair"    ? PaletteLayout::pair

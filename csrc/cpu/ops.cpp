@@ -14,7 +14,6 @@
 #include "frame.h"
 #include "half.h"
 #include "isa.h"
-#include "levels.h"
 #include "parallel.h"
 #include "viterbi.h"
 
@@ -173,14 +172,12 @@ bool may_compute_so(const Row& row) {
   return !exact() || std::string_view(row.linear_type) == "float32";
 }
 
-at::Tensor term_linear(const Row& row, const Layer& given, Shape shape, const at::Tensor& x,
+at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at::Tensor& x,
                        at::ScalarType result) {
   const int64_t m = x.size(0);
   const bool direct = row.linear && m <= row.linear_max_m && may_compute_so(row);
   const bool by_row = !direct && m <= kRowProduct;
   const auto type = direct || by_row ? at::kFloat : panel_type();
-  const FittedLevels fitted(row, given, type == at::kBFloat16);
-  const Layer& layer = fitted.layer;
   const at::Tensor inside =
       through_frame(x, shape.in, layer.in, param(layer, row.in_scale), row.in_block, nullptr, type);
   at::Tensor y = at::empty({m, layer.out}, type);
@@ -198,31 +195,21 @@ at::Tensor term_linear(const Row& row, const Layer& given, Shape shape, const at
                        result);
 }
 
-at::Tensor term_grad_input(const Row& row, const Layer& given, Shape shape, const at::Tensor& grad,
+at::Tensor term_grad_input(const Row& row, const Layer& layer, Shape shape, const at::Tensor& grad,
                            at::ScalarType result) {
   const bool direct = row.linear_grad_input && may_compute_so(row);
   const auto type = direct ? at::kFloat : panel_type();
-  const FittedLevels fitted(row, given, type == at::kBFloat16);
-  const Layer& layer = fitted.layer;
-  const int64_t m = grad.size(0);
-  // Of few rows chance may round many numbers badly: there, what rounding took off is multiplied
-  // too, in rows of its own, which cost next to nothing beside the panels.
-  const bool split = type == at::kBFloat16 && m <= kRowProduct;
-  at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
-                                    row.out_block, nullptr, split ? at::kFloat : type);
+  const at::Tensor inside = through_frame(grad, shape.out, layer.out, param(layer, row.out_scale),
+                                          row.out_block, nullptr, type);
   if (direct) {
-    const at::Tensor dx = at::empty({m, layer.in});
-    row.linear_grad_input(layer, inside.data_ptr<float>(), m, dx.data_ptr<float>());
+    const at::Tensor dx = at::empty({grad.size(0), layer.in});
+    row.linear_grad_input(layer, inside.data_ptr<float>(), grad.size(0), dx.data_ptr<float>());
     return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
                          result);
   }
-  if (split) {
-    const at::Tensor high = inside.to(type);
-    inside = at::cat({high, (inside - high).to(type)});
-  }
-  Panels panels(row, layer, input_gradient_panel(m), type);
-  at::Tensor dx = at::empty({inside.size(0), layer.in});
-  at::Tensor part = at::empty({inside.size(0), layer.in}, type);
+  Panels panels(row, layer, input_gradient_panel(grad.size(0)), type);
+  at::Tensor dx = at::empty({grad.size(0), layer.in});
+  at::Tensor part = at::empty({grad.size(0), layer.in}, type);
   panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
     at::mm_out(part, inside.narrow(1, r, n), panel);
     if (r)
@@ -230,7 +217,6 @@ at::Tensor term_grad_input(const Row& row, const Layer& given, Shape shape, cons
     else
       dx.copy_(part);
   });
-  if (split) dx = dx.narrow(0, 0, m) + dx.narrow(0, m, m);
   return through_frame(dx, shape.in, shape.in, nullptr, row.in_block, param(layer, row.in_scale),
                        result);
 }
