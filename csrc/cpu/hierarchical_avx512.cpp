@@ -5,7 +5,9 @@
 //          mode=xor: the four weights that a tile's base stands for as int16, of all tiles of a
 //          block in two registers; then each weight's delta chooses among them.
 // adjoint  as decode; sums by entry in registers.
-// decode   eight 32-bit lanes per tile, each shifted to its own delta.
+// decode   eight 32-bit lanes per tile, each shifted to its own delta. To bfloat16 the four values
+// of
+//          every tile first, rounded, and each weight's from two registers of them.
 #include "fast.h"
 
 #if RS_FAST_X86
@@ -27,6 +29,25 @@ struct Spread {
 };
 constexpr Spread kSpread;
 
+// Of weights 32j and following of a block of sixteen tiles: the tile, and where in its doubled
+// 32 bits the delta is, four bits too low.
+struct Chosen {
+  alignas(64) uint32_t from[4][16]{};
+  alignas(64) uint16_t tile[4][32]{}, upper[32]{};
+  Bytes deltas{};
+  constexpr Chosen() {
+    for (int i = 0; i < 64; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        from[j][i / 4] = static_cast<uint32_t>(4 * j + i / 16);
+        tile[j][i / 2] = static_cast<uint16_t>(4 * j + i / 16);
+      }
+      upper[i / 2] = static_cast<uint16_t>(i | 1);
+      deltas.at[i] = static_cast<uint8_t>(12 + i / 2 % 8 * 2 + i % 2 * 8);
+    }
+  }
+};
+constexpr Chosen kChosen;
+
 template <bool Xor>
 constexpr int kEntries = Xor ? XorMode::kEntries : MulMode::kEntries;
 
@@ -44,36 +65,40 @@ constexpr Cosines kCosines = {{cosine(127), cosine(117), cosine(90), cosine(49),
                                cosine(-90), cosine(-49), cosine(0), cosine(49), cosine(90),
                                cosine(117)}};
 
-// Of a block of sixteen tiles: where the words of `lookup` half h come from. Part k has the weights
-// of tiles k, 4 + k, 8 + k and 12 + k, so half h the values of parts 2h and 2h + 1, four a tile.
+// Words of a block of sixteen tiles. A base stands for a value by delta: register h holds those of
+// delta 2h, all tiles, and then those of delta 2h + 1. `change` is their masks.
 struct XorBlock {
-  alignas(64) uint16_t base[2][32]{}, mask[32]{}, deltas[4][32]{}, shift[32]{}, first[2][32]{};
+  alignas(64) uint16_t base[32]{}, change[2][32]{}, tile[32]{};
+  // By amp: kept bits, bits that change in the mask, and both for the sign; see values().
+  alignas(64) uint16_t turned[2][32]{}, kept[2][32]{};
+  Bytes deltas{};  // of word i the 16 bits from delta i % 2 of its tile on
   constexpr XorBlock() {
+    constexpr int kMask[4] = {0, 0xF0, 0xF00, 0xFF}, kAmp = 0x3F0 << 5, kSign = 0x8000;
     for (int i = 0; i < 32; ++i) {
+      base[i] = static_cast<uint16_t>(i % 16 * 2);
+      tile[i] = static_cast<uint16_t>(i / 2);
       for (int h = 0; h < 2; ++h) {
-        base[h][i] = static_cast<uint16_t>(2 * (4 * (i / 4 % 4) + 2 * h + i / 16));
-        first[h][i] = static_cast<uint16_t>(16 * h + i / 8 * 4);
+        const int mask = kMask[2 * h + i / 16], amp = mask << 5 & kAmp;
+        change[h][i] = static_cast<uint16_t>(mask);
+        turned[h][i] = static_cast<uint16_t>((kAmp & ~amp) | kSign);
+        kept[h][i] = static_cast<uint16_t>(amp | kSign);
       }
-      constexpr int kMask[4] = {0, 0xF0, 0xF00, 0xFF};
-      mask[i] = static_cast<uint16_t>(kMask[i % 4]);
-      for (int k = 0; k < 4; ++k) deltas[k][i] = static_cast<uint16_t>(2 * (i / 8 * 4 + k) + 1);
-      shift[i] = static_cast<uint16_t>(2 * (i % 8));
     }
+    for (int i = 0; i < 64; ++i)
+      deltas.at[i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 16 + i / 2 % 2 * 2 + i % 2 * 8);
   }
 };
 constexpr XorBlock kXorBlock;
 
-// By diff and phase: 4 T; by amp: amp + 1. Their product and a 15-bit fraction of it are int16.
-struct XorFactors {
-  alignas(64) int16_t turn[64]{}, amp[64]{};
-  constexpr XorFactors() {
-    for (int i = 0; i < 64; ++i) {
-      turn[i] = static_cast<int16_t>(4 * kCyclic[0][(i / 4 + i % 4 * 4) & 15]);
-      amp[i] = static_cast<int16_t>(i + 1);
-    }
+// -256 T by diff and phase.
+struct XorTurns {
+  alignas(64) int16_t at[64]{};
+  constexpr XorTurns() {
+    for (int i = 0; i < 64; ++i)
+      at[i] = static_cast<int16_t>(-256 * kCyclic[0][(i / 4 + i % 4 * 4) & 15]);
   }
 };
-constexpr XorFactors kXorFactors;
+constexpr XorTurns kXorTurns;
 
 }  // namespace
 }  // namespace rs
@@ -87,7 +112,7 @@ namespace {
 
 struct MulView {
   static constexpr int kParts = 4, kLane = 2, kBytes = 64;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kPrepared = false;
   __m512i pairs;
 
   // Entry e holds the multipliers of deltas e % 4 and e / 4.
@@ -107,34 +132,42 @@ struct MulView {
 };
 
 struct XorView {
-  static constexpr int kParts = 4, kLane = 8, kBytes = 64;
-  static constexpr bool kScaled = false;
+  static constexpr int kParts = 4, kLane = 2, kBytes = 64;
+  static constexpr bool kScaled = false, kPrepared = false;
   struct Words {
-    __m512i codes, values[2];
+    __m512i values[2], deltas;
   };
   __m512i levels;
 
   RS_INLINE explicit XorView(const int16_t* table) : levels(load(table)) {}
-  RS_INLINE __m512i values(__m512i codes, int half) const {
-    const __m512i code = _mm512_xor_si512(
-        _mm512_permutexvar_epi16(load(kXorBlock.base[half]), codes), load(kXorBlock.mask));
-    const __m512i turn = _mm512_permutex2var_epi16(
-        load(kXorFactors.turn), _mm512_srli_epi16(code, 10), load(kXorFactors.turn + 32));
-    const __m512i amp = _mm512_permutex2var_epi16(load(kXorFactors.amp), _mm512_srli_epi16(code, 4),
-                                                  load(kXorFactors.amp + 32));
-    return _mm512_mulhrs_epi16(_mm512_mullo_epi16(turn, amp),
-                               _mm512_permutexvar_epi16(code, levels));
+  // 4 T (amp + 1), exactly: -256 T times -512 (amp + 1), which is the complement of amp at the top
+  // of a word with ones below.
+  template <int Half>
+  static RS_INLINE __m512i factors(__m512i code, __m512i amp) {
+    const __m512i turn = _mm512_permutex2var_epi16(load(kXorTurns.at), _mm512_srli_epi16(code, 10),
+                                                   load(kXorTurns.at + 32));
+    return _mm512_mulhrs_epi16(turn, _mm512_ternarylogic_epi32(amp, load(kXorBlock.turned[Half]),
+                                                               load(kXorBlock.kept[Half]), 0xAC));
   }
   RS_INLINE Words words(__m512i codes) const {
-    return {codes, {values(codes, 0), values(codes, 1)}};
+    const __m512i base = _mm512_permutexvar_epi16(load(kXorBlock.base), codes);
+    const __m512i amp = _mm512_slli_epi16(base, 5);
+    const __m512i changed = _mm512_xor_si512(base, load(kXorBlock.change[1]));
+    // Delta 1 changes neither turn nor level.
+    return {
+        {_mm512_mulhrs_epi16(factors<0>(base, amp), _mm512_permutexvar_epi16(base, levels)),
+         _mm512_mulhrs_epi16(factors<1>(changed, amp), _mm512_permutexvar_epi16(changed, levels))},
+        _mm512_multishift_epi64_epi8(load(kXorBlock.deltas.at), codes)};
   }
+  // A value's place: its tile, and above that the delta.
   template <int K>
   RS_INLINE __m512i lookup(const Words& words) const {
-    const __m512i delta = _mm512_srlv_epi16(
-        _mm512_permutexvar_epi16(load(kXorBlock.deltas[K]), words.codes), load(kXorBlock.shift));
+    const __m512i delta = K == 0   ? _mm512_slli_epi16(words.deltas, 4)
+                          : K == 1 ? words.deltas
+                                   : _mm512_srli_epi16(words.deltas, K == 2 ? 4 : 8);
     const __m512i at =
-        _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(3), load(kXorBlock.first[K % 2]), 0xEA);
-    return _mm512_permutexvar_epi16(at, words.values[K / 2]);
+        _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(0x30), load(kXorBlock.tile), 0xEA);
+    return _mm512_permutex2var_epi16(words.values[0], at, words.values[1]);
   }
 };
 
@@ -161,13 +194,6 @@ RS_INLINE Weights xor_weights(__m512i tile, __m512i delta) {
   return {_mm512_mul_ps(cosine, _mm512_cvtepi32_ps(amp)), code};  // exact
 }
 
-RS_INLINE void store_values(float* w, __m512 x, __mmask16 mask) {
-  _mm512_mask_storeu_ps(w, mask, x);
-}
-RS_INLINE void store_values(uint16_t* w, __m512 x, __mmask16 mask) {
-  store_lanes(w, _mm512_srli_epi32(round_bf16(x), 16), mask);
-}
-
 template <bool Xor, class Visit>
 RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
   const auto vector = [&](__m512i tiles, int i) RS_LAMBDA {
@@ -189,15 +215,57 @@ RS_INLINE void each_vector(const Layer& layer, int64_t row, Visit visit) {
     visit(j + 16 * i, vector(tiles, i), first_lanes(layer.in - j - 16 * i));
 }
 
-template <bool Xor, class T>
-void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
+template <bool Xor>
+RS_INLINE __m512 entries_of(const Layer& layer) {
   alignas(64) float table[16];
   for (int i = 0; i < 16; ++i) table[i] = quiet(layer.params[0][i % kEntries<Xor>]);
-  const __m512 entries = _mm512_load_ps(table);
+  return _mm512_load_ps(table);
+}
+
+template <bool Xor>
+void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const __m512 entries = entries_of<Xor>(layer);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
     each_vector<Xor>(layer, row, [&](int64_t j, Weights at, __mmask16 mask) RS_LAMBDA {
-      store_values(w + j, _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)), mask);
+      _mm512_mask_storeu_ps(w + j, mask,
+                            _mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)));
     });
+}
+
+// The values of deltas `first` and first + 1 of sixteen tiles, in bfloat16.
+template <bool Xor>
+RS_INLINE __m512i two_values(__m512i tiles, __m512 entries, int first) {
+  __m512i rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i delta = _mm512_set1_epi32(first + i);
+    const Weights at = Xor ? xor_weights(tiles, delta) : mul_weights(tiles, delta);
+    rounded[i] = round_bf16(_mm512_mul_ps(at.factor, _mm512_permutexvar_ps(at.entry, entries)));
+  }
+  return _mm512_permutex2var_epi16(rounded[0], load(kChosen.upper), rounded[1]);
+}
+
+template <bool Xor>
+void decode_bf16_rows(const Layer& layer, int64_t row0, int64_t row1, uint16_t* w) {
+  const __m512 entries = entries_of<Xor>(layer);
+  const uint8_t* codes = layer.codes + row0 * layer.tile_cols() * 4;
+  for (int64_t row = row0; row < row1; ++row)
+    for (int64_t n = layer.in; n > 0; n -= 128) {
+      const int64_t columns = std::min<int64_t>(n, 128);
+      const __m512i tiles = _mm512_maskz_loadu_epi32(first_lanes(columns / 8), codes);
+      const __m512i low = two_values<Xor>(tiles, entries, 0);
+      const __m512i high = two_values<Xor>(tiles, entries, 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i delta = _mm512_multishift_epi64_epi8(
+            load(kChosen.deltas.at), _mm512_permutexvar_epi32(load(kChosen.from[j]), tiles));
+        const __m512i at =
+            _mm512_ternarylogic_epi32(delta, _mm512_set1_epi16(0x30), load(kChosen.tile[j]), 0xEA);
+        _mm512_mask_storeu_epi16(w + 32 * j, static_cast<__mmask32>(first_bytes(columns - 32 * j)),
+                                 _mm512_permutex2var_epi16(low, at, high));
+      }
+      codes += columns / 8 * 4;
+      w += columns;
+    }
 }
 
 // Adds factor * dw[(row1-row0) * in] of the weights of each entry to total.
@@ -244,8 +312,8 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
 }  // namespace
 
 void hierarchical_avx512_slots(Row& row, bool exclusive_or) {
-  row.decode = exclusive_or ? decode_rows<true, float> : decode_rows<false, float>;
-  row.decode_bf16 = exclusive_or ? decode_rows<true, uint16_t> : decode_rows<false, uint16_t>;
+  row.decode = exclusive_or ? decode_rows<true> : decode_rows<false>;
+  row.decode_bf16 = exclusive_or ? decode_bf16_rows<true> : decode_bf16_rows<false>;
   row.adjoint = exclusive_or ? adjoint<true> : adjoint<false>;
   row.linear = exclusive_or ? linear_xor : linear_mul;
   row.linear_max_m = 2 * kMaxBatch;

@@ -40,15 +40,20 @@ struct alignas(64) Bytes {
 struct Quantum {
   float unit, inverse;
 
-  Quantum(const float* x, int64_t n, int top) {
-    uint32_t peak_bits = 0;  // magnitudes order like their bits, with NaN above infinity
-    for (int64_t i = 0; i < n; ++i)
-      peak_bits = std::max(peak_bits, std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFFu);
+  Quantum(const float* x, int64_t n, int top) : Quantum(peak_of(x, n), top) {}
+  // Magnitudes order like their bits, with NaN above infinity.
+  Quantum(uint32_t peak_bits, int top) {
     const float peak = std::bit_cast<float>(peak_bits);
     const bool finite = peak_bits < 0x7F800000u;
     const bool zero = finite && peak < 1e-30f;  // below, the inverse would overflow
     unit = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : peak / top;
     inverse = !finite || zero ? 0.0f : top / peak;
+  }
+  static uint32_t peak_of(const float* x, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; ++i)
+      bits = std::max(bits, std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFFu);
+    return bits;
   }
 
   // Rounds by adding 1.5 * 2^23, whose low sixteen bits are zero: plain SSE2 vectorises it.

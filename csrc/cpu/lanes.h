@@ -15,6 +15,7 @@
 namespace rs {
 
 constexpr int kTableTop = 16383;  // of the integers in a table
+constexpr int kMaxLaneRows = 8;   // rows a kernel takes at once
 
 // The largest activation whose `parts` products of pairs stay below 2^31.
 constexpr int lane_top(int parts) {
@@ -69,21 +70,24 @@ struct LaneProduct {
   const IntegerTable& table;
   int64_t m;
   float* y;
+  int16_t* scratch;
 };
 using LaneKernel = void (*)(const LaneProduct&, int64_t row0, int64_t row1);
 
-// y[m * out] = x[m * in] @ T^T by the kernels for 1, 2, 4 and 8 rows of x.
+// y[m * out] = x[m * in] @ T^T by the kernels for 1, 2, 4 and 8 rows of x, which get `scratch`
+// integers of their own.
 inline void lane_linear(const Layer& layer, const float* x, int64_t m, float* y,
                         const IntegerTable& table, int parts, int lane,
-                        const LaneKernel (&kernels)[4]) {
+                        const LaneKernel (&kernels)[4], int64_t scratch = 0) {
   const int64_t grain = row_grain(layer.out, layer.in);
   for (int64_t b = 0; b < m; b += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
     const LaneActivations values(x + b * layer.in, batch, layer.in, parts, lane);
     const LaneKernel kernel = kernels[std::bit_width(static_cast<uint64_t>(batch - 1))];
-    const LaneProduct product{layer, values, table, batch, y + b * layer.out};
-    parallel_for(layer.out, grain,
-                 [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
+    parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
+      const Lines<int16_t> own(scratch);
+      kernel({layer, values, table, batch, y + b * layer.out, own.get()}, begin, end);
+    });
   }
 }
 

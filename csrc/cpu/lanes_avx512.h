@@ -6,7 +6,8 @@
 //   words(codes)              a block's codes as lookup() wants them
 //   lookup<k>(words)          32 int16 weights
 //   kScaled, scale(words)     whether 32-bit lanes have a float factor of their own, and that
-// A View with a table for every row and block is View(layer) and words(codes, row, block) instead.
+//   kPrepared                 whether rows have tables of their own. Then it is View(layer),
+//     prepare(row, r, scratch) makes those of place r before words(codes, row, r, block, scratch)
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns inside its own intrinsics
@@ -16,85 +17,111 @@
 namespace rs {
 namespace {
 
+// Rows in registers, whose words meet an activation once it is loaded, and sets of such rows, which
+// meet the activations of a block while they are in the first-level cache.
 template <int B>
-constexpr int kLaneRows = B == 1 ? 1 : 4;  // rows at a time: their blocks meet the same activations
+constexpr int kLaneRows = B == 1 ? 1 : 2;
+template <int B>
+constexpr int kLaneSets = B == 1 ? 1 : 4;
 
-template <class View, int B, int K = 0, class Words>
-RS_INLINE void add_parts(const View& view, const Words& words, const int16_t* x, __m512i* acc) {
+template <class View, int B, int R, int K = 0, class Words>
+RS_INLINE void add_parts(const View& view, const Words* words, const int16_t* x,
+                         __m512i (*acc)[B]) {
   if constexpr (K < View::kParts) {
-    const __m512i w = view.template lookup<K>(words);
-    for (int b = 0; b < B; ++b)
-      acc[b] = _mm512_dpwssd_epi32(acc[b], w, load(x + (b * View::kParts + K) * 32));
-    add_parts<View, B, K + 1>(view, words, x, acc);
+    __m512i w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) w[r] = view.template lookup<K>(words[r]);
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      __m512i values = load(x + (b * View::kParts + K) * 32);
+      if constexpr (R > 1) asm("" : "+v"(values));  // or gcc loads them again for every row
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][b] = _mm512_dpwssd_epi32(acc[r][b], w[r], values);
+    }
+    add_parts<View, B, R, K + 1>(view, words, x, acc);
   }
 }
 
-template <class View>
-RS_INLINE auto words_of(const View& view, __m512i codes, int64_t row, int64_t block) {
-  if constexpr (requires { view.words(codes, row, block); })
-    return view.words(codes, row, block);
-  else
-    return view.words(codes);
+template <class View, class Words, int B, int R>
+RS_INLINE void add_block(const View& view, const Words (&words)[R], const int16_t* x,
+                         __m512 (*total)[B]) {
+  __m512i acc[R][B];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) acc[r][b] = _mm512_setzero_si512();
+  asm("" : "+r"(x));  // or gcc loads all activations before the sets, and spills them
+  add_parts<View, B, R>(view, words, x, acc);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      const __m512 sum = _mm512_cvtepi32_ps(acc[r][b]);
+      if constexpr (View::kScaled)
+        total[r][b] = _mm512_fmadd_ps(sum, view.scale(words[r]), total[r][b]);
+      else
+        total[r][b] = _mm512_add_ps(sum, total[r][b]);
+    }
 }
 
-template <class View, int B>
-RS_INLINE void add_block(const View& view, __m512i codes, int64_t row, int64_t block,
-                         const int16_t* x, __m512* total) {
-  __m512i acc[B];
-  for (int b = 0; b < B; ++b) acc[b] = _mm512_setzero_si512();
-  const auto words = words_of(view, codes, row, block);
-  add_parts<View, B>(view, words, x, acc);
-  for (int b = 0; b < B; ++b) {
-    const __m512 sum = _mm512_cvtepi32_ps(acc[b]);
-    if constexpr (View::kScaled)
-      total[b] = _mm512_fmadd_ps(sum, view.scale(words), total[b]);
-    else
-      total[b] = _mm512_add_ps(sum, total[b]);
-  }
-}
-
-// Rows row, row + 1, ... below `end`, of which the last fills up the kLaneRows.
+// Rows row, row + 1, ... below `end`, of which the last fills up the places.
 template <class View, int B>
 void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end) {
-  constexpr int R = kLaneRows<B>, kStep = B * View::kParts * 32;
+  constexpr int R = kLaneRows<B>, kRows = R * kLaneSets<B>, kStep = B * View::kParts * 32;
   constexpr __mmask64 kWhole = View::kBytes == 64 ? ~0ull : (1ull << (View::kBytes % 64)) - 1;
-  const auto& [layer, x, table, m, y] = p;
+  constexpr int64_t kAhead = B == 1 ? 4096 : 768;  // bytes of software prefetch
+  const auto& [layer, x, table, m, y, scratch] = p;
   const int64_t row_bytes = layer.tile_cols() * layer.tile.bytes;
-  const int64_t ahead = R == 1 ? 4096 : R * row_bytes;  // bytes of software prefetch
   const int64_t full = row_bytes / View::kBytes, rest = row_bytes % View::kBytes;
-  int64_t at[R];
-  const uint8_t* codes[R];
-  __m512 total[R][B];
-  for (int r = 0; r < R; ++r) {
+  const int64_t blocks = full + (rest != 0);
+  int64_t at[kRows];
+  const uint8_t* codes[kRows];
+  float unit[kRows];
+  alignas(64) __m512 total[kRows][B];
+  for (int r = 0; r < kRows; ++r) {
     at[r] = row + r < end ? row + r : end - 1;
     codes[r] = layer.codes + at[r] * row_bytes;
+    unit[r] = table.unit;
+    if constexpr (View::kPrepared) unit[r] = view.prepare(at[r], r, scratch);
     for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
   }
+  const auto words_of = [&](int r, int64_t block) RS_LAMBDA {
+    const __mmask64 mask = block < full ? kWhole : (1ull << rest) - 1;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(mask, codes[r] + block * View::kBytes);
+    if constexpr (View::kPrepared)
+      return view.words(bytes, at[r], r, block, scratch);
+    else
+      return view.words(bytes);
+  };
+  using Words = decltype(words_of(0, 0));
+  // The words of the next set are made while the products of this one fill the schedulers.
+  Words words[R], next[R];
+  for (int r = 0; r < R; ++r) next[r] = words_of(r, 0);
   const int16_t* values = x.values.get();
-  for (int64_t block = 0; block < full; ++block, values += kStep) {
+  for (int64_t block = 0; block < blocks; ++block, values += kStep) {
+    const int64_t later = block * View::kBytes + kAhead;
+    const int64_t ahead = later < row_bytes ? later : later + (kRows - 1) * row_bytes;
 #pragma GCC unroll 1
-    for (int r = 0; r < R; ++r) {
-      _mm_prefetch(codes[r] + ahead, _MM_HINT_T0);
-      add_block<View, B>(view, _mm512_maskz_loadu_epi8(kWhole, codes[r]), at[r], block, values,
-                         total[r]);
-      codes[r] += View::kBytes;
+    for (int r = 0; r < kRows; r += R) {
+      const bool last = r + R == kRows;
+      const int64_t to = block + last < blocks ? block + last : 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        words[i] = next[i];
+        next[i] = words_of((last ? 0 : r + R) + i, to);
+        _mm_prefetch(codes[r + i] + ahead, _MM_HINT_T0);
+      }
+      add_block(view, words, values, total + r);
     }
   }
-  if (rest) {
-#pragma GCC unroll 1
-    for (int r = 0; r < R; ++r)
-      add_block<View, B>(view, _mm512_maskz_loadu_epi8((1ull << rest) - 1, codes[r]), at[r], full,
-                         values, total[r]);
-  }
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < kRows; ++r)
     for (int b = 0; b < B; ++b)
-      if (b < m)
-        y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b] * table.unit;
+      if (b < m) y[b * layer.out + at[r]] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b] * unit[r];
 }
 
 template <class View>
 RS_INLINE View view_of(const LaneProduct& p) {
-  if constexpr (requires { View(p.layer); })
+  if constexpr (View::kPrepared)
     return View(p.layer);
   else
     return View(p.table.at);
@@ -103,7 +130,7 @@ RS_INLINE View view_of(const LaneProduct& p) {
 template <class View, int B>
 void lane_product(const LaneProduct& p, int64_t row0, int64_t row1) {
   const View view = view_of<View>(p);
-  for (; row0 < row1; row0 += kLaneRows<B>) lane_rows<View, B>(view, p, row0, row1);
+  for (; row0 < row1; row0 += kLaneRows<B> * kLaneSets<B>) lane_rows<View, B>(view, p, row0, row1);
 }
 
 template <class View>

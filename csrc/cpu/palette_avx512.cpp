@@ -92,7 +92,7 @@ namespace {
 template <int Bits, int Parts, int BlockBytes>
 struct ScalarView {
   static constexpr int kParts = Parts, kLane = 1, kBytes = BlockBytes, kEntries = 1 << Bits;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPrepared = false;
   __m512i entries;
 
   RS_INLINE explicit ScalarView(const int16_t* table) : entries(load(table)) {}
@@ -109,54 +109,68 @@ struct ScalarView {
   }
 };
 
-// Blocks of 128 weights, each with the codebook of its group.
+RS_INLINE __m512i magnitude(__m512i x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+// Blocks of 128 weights, each with the codebook of its group. The codebooks of a row share a unit.
 template <int Bits>
 struct GroupView {
   using Scalar = ScalarView<Bits, 4, 16 * Bits>;
   static constexpr int kParts = 4, kLane = 1, kBytes = 16 * Bits, kBlock = 128;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = false, kPrepared = true;
   struct Words {
     __m512i codes, entries;
-    __m512 unit;
   };
-  const float* books;
-  int64_t groups;
+  const float* all;
+  int64_t size;     // entries of a row
   int blocks_log2;  // in a group
 
   RS_INLINE explicit GroupView(const Layer& layer)
-      : books(layer.params[0]),
-        groups(layer.tile_cols()),
+      : all(layer.params[0]),
+        size(layer.tile_cols() << Bits),
         blocks_log2(std::countr_zero(static_cast<uint64_t>(layer.tile.cols / kBlock))) {}
-  RS_INLINE Words words(__m512i codes, int64_t row, int64_t block) const {
-    const float* at = books + ((row * groups + (block >> blocks_log2)) << Bits);
-    const __m512 book =
-        Bits == 4 ? _mm512_loadu_ps(at) : _mm512_broadcast_f32x8(_mm256_loadu_ps(at));
-    // Magnitudes order like their bits, with NaN above infinity: either one makes the unit no
-    // number, a codebook of zeros makes it zero.
-    __m512i peak = _mm512_and_si512(_mm512_castps_si512(book), _mm512_set1_epi32(0x7FFFFFFF));
-    peak = _mm512_max_epu32(peak, _mm512_shuffle_epi32(peak, _MM_PERM_BADC));
-    peak = _mm512_max_epu32(peak, _mm512_shuffle_epi32(peak, _MM_PERM_CDAB));
-    peak = _mm512_max_epu32(peak, _mm512_shuffle_i32x4(peak, peak, 0xB1));
-    if constexpr (Bits == 4) peak = _mm512_max_epu32(peak, _mm512_shuffle_i32x4(peak, peak, 0x4E));
-    const __m512 shift = _mm512_sub_ps(_mm512_getexp_ps(_mm512_castsi512_ps(peak)),
-                                       _mm512_set1_ps(std::bit_width(0u + kTableTop) - 1));
-    const __m512 scaled = _mm512_scalef_ps(book, _mm512_sub_ps(_mm512_setzero_ps(), shift));
-    const __m512i whole =
-        _mm512_min_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(kTableTop));
-    const __m256i entries = _mm512_cvtepi32_epi16(whole);
-    return {Scalar::spread(codes), _mm512_broadcast_i64x4(entries),
-            _mm512_scalef_ps(_mm512_set1_ps(1.0f), shift)};
+  RS_INLINE float prepare(int64_t row, int place, int16_t* books) const {
+    const float* from = all + row * size;
+    int16_t* to = books + place * size;
+    const int64_t whole = size / 16 * 16;
+    const __mmask16 rest = first_lanes(size - whole);
+    __m512i peak = magnitude(_mm512_maskz_loadu_epi32(rest, from + whole));
+    for (int64_t i = 0; i < whole; i += 16)
+      peak = _mm512_max_epu32(peak, magnitude(load(from + i)));
+    const Quantum quantum(_mm512_reduce_max_epu32(peak), kTableTop);
+    const __m512 inverse = _mm512_set1_ps(quantum.inverse);
+    const auto entries = [&](__m512 book) RS_LAMBDA {
+      return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(book, inverse)));
+    };
+    for (int64_t i = 0; i < whole; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), entries(_mm512_loadu_ps(from + i)));
+    if (rest)
+      _mm256_mask_storeu_epi16(to + whole, rest,
+                               entries(_mm512_maskz_loadu_ps(rest, from + whole)));
+    return quantum.unit;
+  }
+  RS_INLINE Words words(__m512i codes, int64_t row, int place, int64_t block,
+                        const int16_t* books) const {
+    const int64_t book = block >> blocks_log2 << Bits;
+    _mm_prefetch(all + (row + kMaxLaneRows) * size + book, _MM_HINT_T0);
+    const int16_t* at = books + place * size + book;
+    if constexpr (Bits == 4)
+      return {Scalar::spread(codes),
+              _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
+    else
+      return {Scalar::spread(codes),
+              _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)))};
   }
   template <int K>
   RS_INLINE __m512i lookup(const Words& words) const {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words.codes, K * Bits), words.entries);
   }
-  RS_INLINE __m512 scale(const Words& words) const { return words.unit; }
 };
 
 struct PairView {
   static constexpr int kParts = 4, kLane = 2, kBytes = 40, kEntries = 64;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPrepared = false;
   __m512i low, high;
 
   RS_INLINE explicit PairView(const int16_t* table) : low(load(table)), high(load(table + 32)) {}
@@ -325,8 +339,8 @@ void group_linear(const Layer& layer, const float* x, int64_t m, float* y) {
   using View = GroupView<Bits>;
   const float one = 1.0f;
   IntegerTable table(&one, 1);  // not looked at
-  table.unit = one;
-  lane_linear(layer, x, m, y, table, View::kParts, View::kLane, kLaneKernels<View>);
+  lane_linear(layer, x, m, y, table, View::kParts, View::kLane, kLaneKernels<View>,
+              kMaxLaneRows * (layer.tile_cols() << Bits));
 }
 
 template <int Bits>

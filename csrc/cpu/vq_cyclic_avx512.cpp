@@ -39,7 +39,7 @@ namespace {
 template <int Block>
 struct VectorView {
   static constexpr int kParts = 8, kLane = Block, kBytes = 192 / Block;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPrepared = false;
   __m512i table[Block / 2];  // quadwords: of block 8 all first halves, then all second halves
 
   RS_INLINE explicit VectorView(const int16_t* prototypes) {
