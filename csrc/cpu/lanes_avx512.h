@@ -19,10 +19,7 @@ namespace {
 
 // Rows in registers, whose words meet an activation once it is loaded, and sets of such rows, which
 // meet the activations of a block while they are in the first-level cache.
-template <int B>
-constexpr int kLaneRows = B == 1 ? 1 : 2;
-template <int B>
-constexpr int kLaneSets = B == 1 ? 1 : 4;
+constexpr int kLaneRows = 2, kLaneSets = 4;
 
 template <class View, int B, int R, int K = 0, class Words>
 RS_INLINE void add_parts(const View& view, const Words* words, const int16_t* x,
@@ -64,12 +61,61 @@ RS_INLINE void add_block(const View& view, const Words (&words)[R], const int16_
     }
 }
 
+template <class View>
+constexpr __mmask64 kWholeBlock = View::kBytes == 64 ? ~0ull : (1ull << (View::kBytes % 64)) - 1;
+
+// A block's codes as lookup() wants them, for the row in place r.
+template <class View>
+RS_INLINE auto words_of(const View& view, const LaneProduct& p, int64_t row, int r, int64_t block,
+                        __m512i codes) {
+  if constexpr (View::kPrepared)
+    return view.words(codes, row, r, block, p.scratch);
+  else
+    return view.words(codes);
+}
+
+// The factor of a row's integers in place r.
+template <class View>
+RS_INLINE float unit_of(const View& view, const LaneProduct& p, int64_t row, int r) {
+  if constexpr (View::kPrepared)
+    return view.prepare(row, r, p.scratch);
+  else
+    return p.table.unit;
+}
+
+// One row of codes with one of x. Codes come to the second-level cache first: misses of the first
+// are too few at a time to keep memory busy.
+template <class View>
+void lane_row(const View& view, const LaneProduct& p, int64_t row) {
+  constexpr int64_t kAhead = 2048, kFarAhead = 8192;  // bytes of software prefetch
+  const int64_t row_bytes = p.layer.tile_cols() * p.layer.tile.bytes;
+  const int64_t full = row_bytes / View::kBytes, rest = row_bytes % View::kBytes;
+  const uint8_t* codes = p.layer.codes + row * row_bytes;
+  const int16_t* values = p.x.values.get();
+  const float unit = unit_of(view, p, row, 0);
+  __m512 total[1][1] = {{_mm512_setzero_ps()}};
+  for (int64_t block = 0; block < full; ++block, codes += View::kBytes) {
+    _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+    _mm_prefetch(codes + kFarAhead, _MM_HINT_T1);
+    const __m512i bytes = _mm512_maskz_loadu_epi8(kWholeBlock<View>, codes);
+    const decltype(words_of(view, p, row, 0, block, bytes)) words[] = {
+        words_of(view, p, row, 0, block, bytes)};
+    add_block(view, words, values + block * View::kParts * 32, total);
+  }
+  if (rest) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8((1ull << rest) - 1, codes);
+    const decltype(words_of(view, p, row, 0, full, bytes)) words[] = {
+        words_of(view, p, row, 0, full, bytes)};
+    add_block(view, words, values + full * View::kParts * 32, total);
+  }
+  p.y[row] = _mm512_reduce_add_ps(total[0][0]) * p.x.unit[0] * unit;
+}
+
 // Rows row, row + 1, ... below `end`, of which the last fills up the places.
 template <class View, int B>
 void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end) {
-  constexpr int R = kLaneRows<B>, kRows = R * kLaneSets<B>, kStep = B * View::kParts * 32;
-  constexpr __mmask64 kWhole = View::kBytes == 64 ? ~0ull : (1ull << (View::kBytes % 64)) - 1;
-  constexpr int64_t kAhead = B == 1 ? 4096 : 768;  // bytes of software prefetch
+  constexpr int R = kLaneRows, kRows = R * kLaneSets, kStep = B * View::kParts * 32;
+  constexpr int64_t kAhead = 768;  // bytes of software prefetch
   const auto& [layer, x, table, m, y, scratch] = p;
   const int64_t row_bytes = layer.tile_cols() * layer.tile.bytes;
   const int64_t full = row_bytes / View::kBytes, rest = row_bytes % View::kBytes;
@@ -81,22 +127,18 @@ void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end)
   for (int r = 0; r < kRows; ++r) {
     at[r] = row + r < end ? row + r : end - 1;
     codes[r] = layer.codes + at[r] * row_bytes;
-    unit[r] = table.unit;
-    if constexpr (View::kPrepared) unit[r] = view.prepare(at[r], r, scratch);
+    unit[r] = unit_of(view, p, at[r], r);
     for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
   }
-  const auto words_of = [&](int r, int64_t block) RS_LAMBDA {
-    const __mmask64 mask = block < full ? kWhole : (1ull << rest) - 1;
+  const auto make = [&](int r, int64_t block) RS_LAMBDA {
+    const __mmask64 mask = block < full ? kWholeBlock<View> : (1ull << rest) - 1;
     const __m512i bytes = _mm512_maskz_loadu_epi8(mask, codes[r] + block * View::kBytes);
-    if constexpr (View::kPrepared)
-      return view.words(bytes, at[r], r, block, scratch);
-    else
-      return view.words(bytes);
+    return words_of(view, p, at[r], r, block, bytes);
   };
-  using Words = decltype(words_of(0, 0));
+  using Words = decltype(make(0, 0));
   // The words of the next set are made while the products of this one fill the schedulers.
   Words words[R], next[R];
-  for (int r = 0; r < R; ++r) next[r] = words_of(r, 0);
+  for (int r = 0; r < R; ++r) next[r] = make(r, 0);
   const int16_t* values = x.values.get();
   for (int64_t block = 0; block < blocks; ++block, values += kStep) {
     const int64_t later = block * View::kBytes + kAhead;
@@ -108,7 +150,7 @@ void lane_rows(const View& view, const LaneProduct& p, int64_t row, int64_t end)
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         words[i] = next[i];
-        next[i] = words_of((last ? 0 : r + R) + i, to);
+        next[i] = make((last ? 0 : r + R) + i, to);
         _mm_prefetch(codes[r + i] + ahead, _MM_HINT_T0);
       }
       add_block(view, words, values, total + r);
@@ -130,7 +172,10 @@ RS_INLINE View view_of(const LaneProduct& p) {
 template <class View, int B>
 void lane_product(const LaneProduct& p, int64_t row0, int64_t row1) {
   const View view = view_of<View>(p);
-  for (; row0 < row1; row0 += kLaneRows<B> * kLaneSets<B>) lane_rows<View, B>(view, p, row0, row1);
+  if constexpr (B == 1)
+    for (; row0 < row1; ++row0) lane_row(view, p, row0);
+  else
+    for (; row0 < row1; row0 += kLaneRows * kLaneSets) lane_rows<View, B>(view, p, row0, row1);
 }
 
 template <class View>
