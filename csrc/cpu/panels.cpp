@@ -20,11 +20,6 @@ constexpr int64_t kPiece = int64_t{1} << 17, kChunk = int64_t{1} << 14;
 int64_t panel_weights(int64_t m) { return int64_t{1} << (m < 256 ? 21 : 22); }
 constexpr int64_t kBatch = 512;  // rows of x a piece meets at a time
 
-// Rows of about `weights` weights, in multiples of `unit`.
-int64_t rows_of(int64_t weights, int64_t unit, const Layer& layer) {
-  return std::max<int64_t>(1, weights / std::max<int64_t>(1, layer.in * unit)) * unit;
-}
-
 RS_CLONES void narrow(const float* x, int64_t n, uint16_t* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(x[i]);
 }

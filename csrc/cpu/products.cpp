@@ -12,11 +12,6 @@
 namespace rs {
 namespace {
 
-// Rows of about `weights` weights, in multiples of `unit`.
-int64_t rows_of(int64_t weights, int64_t unit, const Layer& layer) {
-  return std::max<int64_t>(1, weights / std::max<int64_t>(1, layer.in * unit)) * unit;
-}
-
 // Weights decoded at a time where they are used at once: 128 KB, in the second-level cache.
 constexpr int64_t kChunk = int64_t{1} << 15;
 

@@ -94,7 +94,9 @@ RS_INLINE __m512 flush(__m512i acc, __m512 scales, __m512 total) {
 template <int Bits, int PerBlock>
 void one_row(const Product& p, int64_t row) {
   constexpr int kStep = kParts<Bits> * 32;
-  constexpr int kAhead = 4096;  // bytes of software prefetch
+  // Bytes of software prefetch. Lines come to the second-level cache first: misses of the first are
+  // too few at a time to keep memory busy.
+  constexpr int kAhead = 2048, kFarAhead = 8192;
   constexpr int kRowsAhead =
       8;  // of scales and zeros, which are too short for the hardware to foresee
   const auto& [layer, groups, x, symmetric, repeated, y] = p;
@@ -118,6 +120,7 @@ void one_row(const Product& p, int64_t row) {
     __m512i acc = _mm512_setzero_si512();
     for (int64_t i = 0; i < span; ++i, codes += kBlockBytes<Bits>, values += kStep) {
       _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+      _mm_prefetch(codes + kFarAhead, _MM_HINT_T1);
       acc = add_block<Bits, true>(codes, 0, values, acc);
     }
     total = flush(acc, lane_scales<PerBlock>(s, lane), total);
