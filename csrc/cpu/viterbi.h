@@ -20,8 +20,8 @@ class TrellisSearch {
   TrellisSearch& operator=(const TrellisSearch&) = delete;
 
   // targets: n tiles of 256 floats, row by row, in the units of radius; what lies far
-  // beyond the largest radius is pulled in, NaN counts as 0. codes: n * 16 * k bytes, all written. Scratch
-  // (up to 9 MB) stays with the calling thread.
+  // beyond the largest radius is pulled in, NaN counts as 0. codes: n * 16 * k bytes, all written.
+  // Scratch (up to 9 MB) stays with the calling thread.
   void run(const float* targets, int64_t n, uint8_t* codes) const;
 
   // Tiles that run() takes through the trellis together; callers hand it multiples.
