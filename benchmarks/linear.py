@@ -34,7 +34,7 @@ def main() -> None:
     peers = () if args.no_peers else bench.PEERS
     found = []
     for backward in args.backward:
-        how = bench.How(backward, args.device, turns=args.turns, limit=args.limit)
+        how = bench.How(backward, device=args.device, turns=args.turns, limit=args.limit)
         batches = args.batches or BATCHES.get(backward, BATCHES["input"])
         for shape in args.shapes:
             rows = list(bench.bench([shape], batches, chosen(args), peers, how))
