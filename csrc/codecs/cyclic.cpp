@@ -139,6 +139,8 @@ std::vector<Term> cyclic_terms(const Spec& spec, Shape shape) {
     fill<CyclicCompoundWord>(row, block, integers);
   else
     fill<Cyclic16Word>(row, block, integers);
+  // Of fewer outputs the tables of dot products cost long batches more than panels of weights do.
+  if (!integers && shape.out < 8192) row.linear_max_m = std::min<int64_t>(row.linear_max_m, 16);
   row.params.push_back({"out_scale", Axis::out, {shape.out}});
   row.out_scale = kCyclicOutScale;
   row.encode_batch = std::max<int64_t>(1, 4096 / block);
