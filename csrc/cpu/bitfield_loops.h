@@ -8,10 +8,9 @@
 #pragma once
 
 #include "../codecs/bitfield.h"
+#include "clones.h"
 #include "half.h"
 #include "integers.h"
-
-#define RS_FLAT __attribute__((always_inline)) inline
 
 namespace rs {
 namespace {

@@ -8,5 +8,6 @@
 #define RS_CLONES
 #endif
 
-// Inlined into its clones: templates have none of their own.
+// Inlined into the caller and compiled for its instruction set: templates have no clones of their
+// own.
 #define RS_FLAT __attribute__((always_inline)) inline

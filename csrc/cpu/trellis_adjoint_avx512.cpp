@@ -135,26 +135,7 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
 }  // namespace
 
 void trellis_adjoint_avx512_slots(Row& row, int k) {
-  switch (k) {
-    case 3:
-      row.adjoint = adjoint<3>;
-      return;
-    case 4:
-      row.adjoint = adjoint<4>;
-      return;
-    case 5:
-      row.adjoint = adjoint<5>;
-      return;
-    case 6:
-      row.adjoint = adjoint<6>;
-      return;
-    case 7:
-      row.adjoint = adjoint<7>;
-      return;
-    case 8:
-      row.adjoint = adjoint<8>;
-      return;
-  }
+  with_trellis_bits(k, [&]<int K> { row.adjoint = adjoint<K>; });
 }
 
 }  // namespace rs
