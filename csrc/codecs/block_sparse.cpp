@@ -6,13 +6,12 @@
 #include "../cpu/block_sparse_fast.h"
 #include "../cpu/clones.h"
 #include "../cpu/loops.h"
+#include "../cpu/widths.h"
 
 namespace rs {
 namespace {
 
 constexpr int kLanes = 16;  // tiles searched at once, each in a lane of its own
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 // The int8 nearest to x / scale; 0 for a scale that is none.
 int8_t nearest(float x, float inverse) {
@@ -25,21 +24,27 @@ float inverse_of(float scale) {
 
 // --- square ---
 
-// Of the tile's 16 weights; the last is zero.
+// Of the 16 weights of kLanes tiles; the last is zero.
 struct Energies {
-  Floats of[17];
+  alignas(64) float of[17][kLanes];
 };
 
-// For each lane the mask that keeps most energy, the first of equals. `at` lists each mask's ones,
-// those it lacks as 16.
-RS_CLONES void best_masks(const Energies& energy, const uint8_t (*at)[4], Ints* index) {
-  Floats best = energy.of[16] - 1;
-  for (int32_t m = 0; m < 256; ++m) {
-    const Floats kept =
-        (energy.of[at[m][0]] + energy.of[at[m][1]]) + (energy.of[at[m][2]] + energy.of[at[m][3]]);
-    const Ints better = kept > best;
-    *index = better ? m + Ints{} : *index;
-    best = better ? kept : best;
+// For each lane the mask that keeps most energy, the first of equals. `ones` lists those of each
+// mask, what it lacks as 16.
+template <int L>
+RS_FLAT void best_masks(const Energies& energy, const uint8_t (*ones)[4], int32_t* index) {
+  for (int first = 0; first < kLanes; first += L) {
+    VectorOf<float, L> best = at<float, L>(energy.of[16] + first) - 1;
+    VectorOf<int32_t, L> found = {};
+    for (int32_t m = 0; m < 256; ++m) {
+      VectorOf<float, L> of[4];
+      for (int i = 0; i < 4; ++i) of[i] = at<float, L>(energy.of[ones[m][i]] + first);
+      const VectorOf<float, L> kept = (of[0] + of[1]) + (of[2] + of[3]);
+      const VectorOf<int32_t, L> better = kept > best;
+      found = better ? m + VectorOf<int32_t, L>{} : found;
+      best = better ? kept : best;
+    }
+    at<int32_t, L>(index + first) = found;
   }
 }
 
@@ -61,11 +66,11 @@ void encode_square(const Layer& layer, const float* w, const EncodeOptions& opti
   using Codec = SquareSparse<Mask16>;
   const typename Codec::Tables tables(layer);
   const float inverse = inverse_of(tables.scale);
-  uint8_t at[256][4];
+  uint8_t ones[256][4];
   if constexpr (!Mask16)
     for (int m = 0; m < 256; ++m) {
       uint32_t rest = tables.masks[m];
-      for (uint8_t& place : at[m]) {
+      for (uint8_t& place : ones[m]) {
         place = static_cast<uint8_t>(rest ? std::countr_zero(rest) : 16);
         rest &= rest - 1;
       }
@@ -74,7 +79,7 @@ void encode_square(const Layer& layer, const float* w, const EncodeOptions& opti
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, tile1 - first));
     float target[16][kLanes] = {};
     Energies energy = {};
-    Ints index = {};
+    int32_t index[kLanes] = {};
     for (int l = 0; l < lanes; ++l) {
       const int64_t row = (first + l) / layer.tile_cols() * 4,
                     col = (first + l) % layer.tile_cols() * 4;
@@ -87,7 +92,7 @@ void encode_square(const Layer& layer, const float* w, const EncodeOptions& opti
           energy.of[4 * i + j][l] = std::min(h * x * x, 1e37f);
         }
     }
-    if constexpr (!Mask16) best_masks(energy, at, &index);
+    if constexpr (!Mask16) by_width([&]<int L>() RS_LAMBDA { best_masks<L>(energy, ones, index); });
     for (int l = 0; l < lanes; ++l) {
       uint8_t* tile = codes + (first + l) * Codec::kBytes;
       uint32_t mask;
@@ -127,9 +132,8 @@ void check_mask16(const Layer& layer, int64_t tile) {
 // size b the mask keeps the j with 0 < b c_j < 2 w_j (or the mirror image), so that the best masks
 // of a phase are runs from either end of the order of w_j / c_j: 15 sums instead of 256.
 struct RowSearch {
-  Floats w[8] = {}, h[8] = {};
-  Floats size = {}, gain = {};
-  Ints phase = {};
+  alignas(64) float w[8][kLanes] = {}, h[8][kLanes] = {}, size[kLanes] = {};
+  int32_t phase[kLanes] = {};
 };
 
 // Exchanges that sort eight values (Batcher).
@@ -138,16 +142,26 @@ constexpr uint8_t kSort[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}
                                   {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
 
 // Phases 0 to 127: half a turn more is the other sign of the size. `largest` bounds |size|.
-RS_CLONES void search_phases(RowSearch& s, const float (*cosines)[8], float largest) {
+// Lanes `first` to first + L - 1.
+template <int L>
+RS_FLAT void search_phases(RowSearch& s, int first, const float (*cosines)[8], float largest) {
+  using Floats = VectorOf<float, L>;
+  using Ints = VectorOf<int32_t, L>;
+  Floats w[8], h[8], found_size = {}, found_gain = {};
+  Ints found_phase = {};
+  for (int j = 0; j < 8; ++j) {
+    w[j] = at<float, L>(s.w[j] + first);
+    h[j] = at<float, L>(s.h[j] + first);
+  }
   const Floats most = largest + Floats{}, least = -most;
   for (int32_t phase = 0; phase < 128; ++phase) {
     const float* cosine = cosines[phase];
     Floats ratio[8], along[8], power[8];
     for (int j = 0; j < 8; ++j) {
       const float c = cosine[j], inverse = c != 0 ? 1 / c : 0;
-      const Floats hc = s.h[j] * c;
-      ratio[j] = s.w[j] * inverse;
-      along[j] = hc * s.w[j];
+      const Floats hc = h[j] * c;
+      ratio[j] = w[j] * inverse;
+      along[j] = hc * w[j];
       power[j] = hc * c;
     }
 #pragma GCC unroll 19
@@ -174,11 +188,13 @@ RS_CLONES void search_phases(RowSearch& s, const float (*cosines)[8], float larg
         size = better ? b : size;
       }
     }
-    const Ints better = gain > s.gain;
-    s.gain = better ? gain : s.gain;
-    s.size = better ? size : s.size;
-    s.phase = better ? phase + Ints{} : s.phase;
+    const Ints better = gain > found_gain;
+    found_gain = better ? gain : found_gain;
+    found_size = better ? size : found_size;
+    found_phase = better ? phase + Ints{} : found_phase;
   }
+  at<float, L>(s.size + first) = found_size;
+  at<int32_t, L>(s.phase + first) = found_phase;
 }
 
 // The mask that is best for a size and phase, and by how much it lowers the error.
@@ -207,7 +223,9 @@ void encode_row(const Layer& layer, const float* w, const EncodeOptions& options
         s.w[j][l] = std::clamp(w[at], -1e15f, 1e15f);
         s.h[j][l] = options.importance ? options.importance[at % layer.in] : 1.0f;
       }
-    search_phases(s, tables.cosine.at, 127 * scale);
+    by_width([&]<int L>() RS_LAMBDA {
+      for (int l = 0; l < kLanes; l += L) search_phases<L>(s, l, tables.cosine.at, 127 * scale);
+    });
     for (int l = 0; l < lanes; ++l) {
       uint8_t* tile = codes + (first + l) * 3;
       const float* cosine = tables.cosine.at[s.phase[l]];

@@ -8,6 +8,7 @@
 #include "../cpu/clones.h"
 #include "../cpu/integers.h"
 #include "../cpu/parallel.h"
+#include "../cpu/widths.h"
 
 namespace rs {
 
@@ -38,14 +39,9 @@ const HybridTables& HybridTables::get(int64_t side) {
 namespace {
 
 constexpr int64_t kLanes = 16;
-using Floats = float __attribute__((vector_size(4 * kLanes)));
 
 // Width of a block in whole vectors; its last columns are zero.
 int64_t padded(int64_t side) { return std::max(side, kLanes); }
-
-// Sixteen floats in place: no vector is returned by value, which would need one ABI for all.
-using Unaligned = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-inline const Unaligned& load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 
 }  // namespace
 
@@ -74,26 +70,30 @@ RS_CLONES void hybrid_spread(const HybridTables& tables, const uint16_t* positio
   }
 }
 
-// Adds the transform of g down the columns to w.
-RS_CLONES void hybrid_add_waves(const HybridTables& tables, const float* g, float* w,
-                                int64_t stride) {
+namespace {
+
+template <int L>
+RS_FLAT void add_waves(const HybridTables& tables, const float* g, float* w, int64_t stride) {
+  using Floats = VectorOf<float, L>;
+  constexpr int kSums = 8;  // in registers
   const int64_t side = tables.side, width = padded(side);
   const float* cosine = tables.cosine.get();
   Floats t[256];
-  for (int64_t j = 0; j < side; j += kLanes) {
-    t[0] = cosine[0] * load(g + j);
+  for (int64_t j = 0; j < side; j += L) {
+    t[0] = cosine[0] * at<float, L>(g + j);
     for (int64_t n = 2; n <= side; n *= 2) {
       const int64_t step = side / n, half = n / 2;
       int64_t i = 0;
-      for (; i + 8 <= half; i += 8) {
-        Floats odd[8] = {};
+      for (; i + kSums <= half; i += kSums) {
+        Floats odd[kSums] = {};
         for (int64_t u = step; u < side; u += 2 * step) {
-          const Floats row = load(g + u * width + j);
+          const Floats row = at<float, L>(g + u * width + j);
           const float* wave = cosine + u * side + i;
 #pragma GCC unroll 8
-          for (int k = 0; k < 8; ++k) odd[k] += wave[k] * row;
+          for (int k = 0; k < kSums; ++k) odd[k] += wave[k] * row;
         }
-        for (int k = 0; k < 8; ++k) {
+#pragma GCC unroll 8
+        for (int k = 0; k < kSums; ++k) {
           const Floats even = t[i + k];
           t[i + k] = even + odd[k];
           t[n - 1 - i - k] = even - odd[k];
@@ -102,35 +102,53 @@ RS_CLONES void hybrid_add_waves(const HybridTables& tables, const float* g, floa
       for (; i < half; ++i) {
         Floats odd = {};
         for (int64_t u = step; u < side; u += 2 * step)
-          odd += cosine[u * side + i] * load(g + u * width + j);
+          odd += cosine[u * side + i] * at<float, L>(g + u * width + j);
         const Floats even = t[i];
         t[i] = even + odd;
         t[n - 1 - i] = even - odd;
       }
     }
-    const int64_t real = std::min(kLanes, side - j);
-    for (int64_t i = 0; i < side; ++i)
-      for (int64_t k = 0; k < real; ++k) w[i * stride + j + k] += t[i][k];
+    const int64_t real = side - j;
+    for (int64_t i = 0; i < side; ++i) {
+      float* to = w + i * stride + j;
+      if (real >= L)
+        at<float, L>(to) += t[i];
+      else
+        for (int64_t k = 0; k < real; ++k) to[k] += t[i][k];
+    }
   }
 }
 
-namespace {
-
-// half_value of sixteen words.
-RS_CLONES void sixteen_values(const uint8_t* words, float* values) {
-  using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-  using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-  Halves halves;
-  __builtin_memcpy(&halves, words, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits);
-  const Bits exponent = bits & 0x7C00, size = (bits & 0x7FFF) << 13;
-  const Floats denormal = (Floats)(size + (113u << 23)) - 0x1p-14f;
-  Floats any = (Floats)(size + (112u << 23));
-  any = exponent == 0 ? denormal : any;
-  any = exponent == 0x7C00 ? Floats{} : any;
-  any = (Floats)((Bits)any ^ (bits & 0x8000) << 16) * 0x1p-8f;
-  __builtin_memcpy(values, &any, sizeof any);
+// half_value of `count` words, a multiple of kLanes.
+template <int L>
+RS_FLAT void half_values(const uint8_t* words, int64_t count, float* values) {
+  using Floats = VectorOf<float, L>;
+  using Bits = VectorOf<uint32_t, L>;
+  for (int64_t e = 0; e < count; e += L) {
+    VectorOf<uint16_t, L> halves;
+    __builtin_memcpy(&halves, words + 2 * e, sizeof halves);
+    const Bits bits = __builtin_convertvector(halves, Bits);
+    const Bits exponent = bits & 0x7C00, size = (bits & 0x7FFF) << 13;
+    const Floats denormal = (Floats)(size + (113u << 23)) - 0x1p-14f;
+    Floats any = (Floats)(size + (112u << 23));
+    any = exponent == 0 ? denormal : any;
+    any = exponent == 0x7C00 ? Floats{} : any;
+    any = (Floats)((Bits)any ^ (bits & 0x8000) << 16) * 0x1p-8f;
+    __builtin_memcpy(values + e, &any, sizeof any);
+  }
 }
+void half_values(const uint8_t* words, int64_t count, float* values) {
+  by_width([&]<int L>() RS_LAMBDA { half_values<L>(words, count, values); });
+}
+
+}  // namespace
+
+// Adds the transform of g down the columns to w.
+void hybrid_add_waves(const HybridTables& tables, const float* g, float* w, int64_t stride) {
+  by_width([&]<int L>() RS_LAMBDA { add_waves<L>(tables, g, w, stride); });
+}
+
+namespace {
 
 // A tile's numbers, unpacked.
 struct Unpacked {
@@ -146,15 +164,15 @@ struct Unpacked {
   void read(const uint8_t* bytes) {
     uint8_t few[2 * kLanes] = {};
     std::memcpy(few, bytes, 2 * kSmooth);
-    sixteen_values(few, coefficient.data());
+    half_values(few, kLanes, coefficient.data());
     bytes += 2 * kSmooth;
     if (terms) std::memcpy(position.data(), bytes, static_cast<size_t>(2 * terms));
     bytes += 2 * terms;
-    int64_t e = 0;
-    for (; e + kLanes <= terms; e += kLanes) sixteen_values(bytes + 2 * e, value.data() + e);
-    if (e == terms) return;
-    std::memcpy(few, bytes + 2 * e, static_cast<size_t>(2 * (terms - e)));
-    sixteen_values(few, value.data() + e);
+    const int64_t whole = terms / kLanes * kLanes;
+    half_values(bytes, whole, value.data());
+    if (whole == terms) return;
+    std::memcpy(few, bytes + 2 * whole, static_cast<size_t>(2 * (terms - whole)));
+    half_values(few, kLanes, value.data() + whole);
   }
 };
 
@@ -183,25 +201,29 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
 // little, and cancelled ones would keep the roundings of all.
 
 constexpr int kEight = 8;
-using Doubles = double __attribute__((vector_size(8 * kEight)));
+template <int L>
+using Doubles = Wide<double, kEight, L>;
 
 // What one block of x, or eight side by side, look like to every tile below them:
 // wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j], `lanes` of each.
-RS_CLONES void see(const HybridTables& tables, int64_t lanes, const double* x, double* seen) {
+template <int L>
+RS_FLAT void see(const HybridTables& tables, int64_t lanes, const double* x, double* seen) {
   const int64_t side = tables.side;
-  const auto* eight = reinterpret_cast<const Doubles*>(x);
+  const auto* eight = reinterpret_cast<const Doubles<L>*>(x);
   for (int64_t row = 0; row < side + kSmooth * side; ++row) {
     const float* a =
         row < side ? tables.cosine.get() + row * side : tables.smooth.get() + (row - side) * side;
-    Doubles sum = {}, other = {};
     if (lanes == kEight) {
+      Doubles<L> sum = {}, other = {};
       for (int64_t j = 0; j < side; j += 2) {
-        sum += static_cast<double>(a[j]) * eight[j];
-        other += static_cast<double>(a[j + 1]) * eight[j + 1];
+        sum.add(eight[j], a[j]);
+        other.add(eight[j + 1], a[j + 1]);
       }
-      reinterpret_cast<Doubles*>(seen)[row] = sum + other;
+      sum += other;
+      reinterpret_cast<Doubles<L>*>(seen)[row] = sum;
       continue;
     }
+    double sum[kEight] = {};
     for (int64_t j = 0; j < side / kEight; ++j)
       for (int lane = 0; lane < kEight; ++lane)
         sum[lane] += static_cast<double>(a[j * kEight + lane]) * x[j * kEight + lane];
@@ -209,17 +231,22 @@ RS_CLONES void see(const HybridTables& tables, int64_t lanes, const double* x, d
   }
 }
 
+RS_FLAT void add(double& sum, double a, double factor) { sum += a * factor; }
+template <int L>
+RS_FLAT void add(Doubles<L>& sum, const Doubles<L>& a, double factor) {
+  sum.add(a, factor);
+}
+
 // Adds a tile's smooth part to y and its terms to sums by frequency, of which there are four in
 // turns so that neighbours do not wait for each other. T: a double or eight.
 template <class T>
-RS_FLAT void meet_lanes(const Unpacked& tile, int64_t side, const double* seen, double* sums,
-                        double* y) {
+RS_FLAT void meet(const Unpacked& tile, int64_t side, const double* seen, double* sums, double* y) {
   const float* c = tile.coefficient.data();
   const auto *wave = reinterpret_cast<const T*>(seen), *smooth = wave + side;
   auto *total = reinterpret_cast<T*>(y), *frequency = reinterpret_cast<T*>(sums);
   for (int64_t i = 0; i < side; ++i) {
     T sum = {};
-    for (int64_t k = 0; k < kSmooth; ++k) sum += static_cast<double>(c[k]) * smooth[k * side + i];
+    for (int64_t k = 0; k < kSmooth; ++k) add(sum, smooth[k * side + i], c[k]);
     total[i] += sum;
   }
   const int64_t terms = tile.terms, low = side - 1;
@@ -227,30 +254,23 @@ RS_FLAT void meet_lanes(const Unpacked& tile, int64_t side, const double* seen, 
   const uint16_t* position = tile.position.data();
   const float* value = tile.value.data();
   for (int64_t e = 0; e < terms; ++e)
-    frequency[(e & 3) * side + ((position[e] >> shift) & low)] +=
-        static_cast<double>(value[e]) * wave[position[e] & low];
+    add(frequency[(e & 3) * side + ((position[e] >> shift) & low)], wave[position[e] & low],
+        value[e]);
 }
 
 template <class T>
-RS_FLAT void add_lanes(const HybridTables& tables, const double* sums, double* y) {
+RS_FLAT void add_transform(const HybridTables& tables, const double* sums, double* y) {
   const int64_t side = tables.side;
   const auto* at = reinterpret_cast<const T*>(sums);
   auto* total = reinterpret_cast<T*>(y);
   for (int64_t u = 0; u < side; ++u) {
-    const T sum = (at[u] + at[side + u]) + (at[2 * side + u] + at[3 * side + u]);
+    T sum = at[u], other = at[2 * side + u];
+    sum += at[side + u];
+    other += at[3 * side + u];
+    sum += other;
     const float* wave = tables.cosine.get() + u * side;
-    for (int64_t i = 0; i < side; ++i) total[i] += sum * static_cast<double>(wave[i]);
+    for (int64_t i = 0; i < side; ++i) add(total[i], sum, wave[i]);
   }
-}
-
-RS_CLONES void meet(const Unpacked& tile, int64_t side, int64_t lanes, const double* seen,
-                    double* sums, double* y) {
-  lanes == 1 ? meet_lanes<double>(tile, side, seen, sums, y)
-             : meet_lanes<Doubles>(tile, side, seen, sums, y);
-}
-RS_CLONES void add_transform(const HybridTables& tables, int64_t lanes, const double* sums,
-                             double* y) {
-  lanes == 1 ? add_lanes<double>(tables, sums, y) : add_lanes<Doubles>(tables, sums, y);
 }
 
 // m rows of x, at most `lanes`.
@@ -264,7 +284,8 @@ void lanes_linear(const Layer& layer, const float* x, int64_t m, float* y, int64
     for (int64_t tc = begin; tc < end; ++tc) {
       for (int64_t b = 0; b < m; ++b)
         for (int64_t j = 0; j < side; ++j) columns[j * lanes + b] = x[b * layer.in + tc * side + j];
-      see(tables, lanes, columns.get(), seen.get() + tc * own);
+      by_width([&]<int L>()
+                   RS_LAMBDA { see<L>(tables, lanes, columns.get(), seen.get() + tc * own); });
     }
   });
   parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
@@ -276,9 +297,16 @@ void lanes_linear(const Layer& layer, const float* x, int64_t m, float* y, int64
       std::fill_n(sums.get(), 5 * side * lanes, 0.0);
       for (int64_t tc = 0; tc < n; ++tc) {
         tile.read(layer.codes + (r / side * n + tc) * layer.tile.bytes);
-        meet(tile, side, lanes, seen.get() + tc * own, sums.get(), total);
+        const double* block = seen.get() + tc * own;
+        by_width([&]<int L>() RS_LAMBDA {
+          lanes == 1 ? meet<double>(tile, side, block, sums.get(), total)
+                     : meet<Doubles<L>>(tile, side, block, sums.get(), total);
+        });
       }
-      add_transform(tables, lanes, sums.get(), total);
+      by_width([&]<int L>() RS_LAMBDA {
+        lanes == 1 ? add_transform<double>(tables, sums.get(), total)
+                   : add_transform<Doubles<L>>(tables, sums.get(), total);
+      });
       for (int64_t b = 0; b < m; ++b)
         for (int64_t i = 0; i < side; ++i)
           y[b * layer.out + r + i] = static_cast<float>(total[i * lanes + b]);

@@ -7,32 +7,36 @@
 #include <numeric>
 
 #include "../cpu/clones.h"
+#include "../cpu/widths.h"
 #include "hybrid.h"
 
 namespace rs {
 namespace {
 
 constexpr int64_t kLanes = 16;
-using Floats = float __attribute__((vector_size(4 * kLanes)));
 
 // c = a b, all n x n, n a multiple of 8.
-RS_CLONES void product(const float* a, const float* b, int64_t n, float* c) {
+template <int L>
+RS_FLAT void product(const float* a, const float* b, int64_t n, float* c) {
   for (int64_t i = 0; i < n; i += 8)
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const int64_t real = std::min(kLanes, n - j);
-      Floats sum[8] = {};
+    for (int64_t j = 0; j < n; j += L) {
+      VectorOf<float, L> sum[8] = {};
       for (int64_t k = 0; k < n; ++k) {
-        Floats row = {};
-        if (real == kLanes)
-          __builtin_memcpy(&row, b + k * n + j, sizeof row);
+        VectorOf<float, L> row = {};
+        if (j + L <= n)
+          row = at<float, L>(b + k * n + j);
         else
-          __builtin_memcpy(&row, b + k * n + j, sizeof row / 2);
+          __builtin_memcpy(&row, b + k * n + j, std::min(L, 8) * sizeof(float));
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) sum[r] += a[(i + r) * n + k] * row;
       }
+      const int64_t real = std::min<int64_t>(L, n - j);
       for (int r = 0; r < 8; ++r)
         __builtin_memcpy(c + (i + r) * n + j, &sum[r], static_cast<size_t>(real) * sizeof(float));
     }
+}
+void product(const float* a, const float* b, int64_t n, float* c) {
+  by_width([&]<int L>() RS_LAMBDA { product<L>(a, b, n, c); });
 }
 
 // sums[k] = sum of b[k] * w over the block, w already weighted; 16 partial sums each.

@@ -6,6 +6,7 @@
 #include "../cpu/clones.h"
 #include "../cpu/dots.h"
 #include "../cpu/parallel.h"
+#include "../cpu/widths.h"
 
 namespace rs {
 
@@ -23,52 +24,69 @@ const SeedPattern& SeedPattern::get() {
 
 namespace {
 
-using Doubles = double __attribute__((vector_size(64)));
-using Words = uint64_t __attribute__((vector_size(64)));
-
-// p * scale of 8 words: seed_value lane by lane.
-RS_CLONES void eight_factors(const uint8_t* bytes, float scale, float* p) {
+// p * scale of `n` words, a multiple of 8: seed_value lane by lane.
+template <int L>
+RS_FLAT void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
+  constexpr int kLanes = L / 2;
+  using Doubles = VectorOf<double, kLanes>;
+  using Words = VectorOf<int64_t, kLanes>;
   // Whole numbers below 2^52 to float64: as the last bits of 2^52 + k.
-  constexpr uint64_t kBits52 = 0x4330000000000000, kQuarter = uint64_t{1} << 30;
+  constexpr int64_t kBits52 = 0x4330000000000000, kQuarter = int64_t{1} << 30;
   constexpr double kUnit = 6.283185307179586 / 4294967296.0;
-  Words words;
-  __builtin_memcpy(&words, bytes, sizeof words);
+  for (; n > 0; n -= kLanes, bytes += sizeof(Words), p += kLanes) {
+    VectorOf<uint64_t, kLanes> words;
+    __builtin_memcpy(&words, bytes, sizeof words);
 
-  Doubles r = ((Doubles)((words >> 32) | kBits52) - 0x1p52) * 0x1p-32;
-  r = r < kLeastSeed ? kLeastSeed + Doubles{} : r;
-  r = r > kLargestSeed ? kLargestSeed + Doubles{} : r;
-  const Doubles g = (2.0 * r) / (1.0 + r * r);
+    Doubles r = ((Doubles)((words >> 32) | kBits52) - 0x1p52) * 0x1p-32;
+    r = r < kLeastSeed ? kLeastSeed + Doubles{} : r;
+    r = r > kLargestSeed ? kLargestSeed + Doubles{} : r;
+    const Doubles g = (2.0 * r) / (1.0 + r * r);
 
-  Words k = (words - kQuarter) & 0xFFFFFFFF;
-  k = k > 2 * kQuarter ? 4 * kQuarter - k : k;
-  const auto negative = k > kQuarter;
-  k = negative ? 2 * kQuarter - k : k;
-  const auto steep = k > kQuarter / 2;
-  k = steep ? kQuarter - k : k;
-  const Doubles x = ((Doubles)(k | kBits52) - 0x1p52) * kUnit, y = x * x;
-  Doubles sum = steep ? kSineSeries[8] + Doubles{} : kCosineSeries[8] + Doubles{};
-  for (int n = 7; n >= 0; --n)
-    sum = sum * y + (steep ? kSineSeries[n] + Doubles{} : kCosineSeries[n] + Doubles{});
-  sum = sum * (steep ? x : 1.0 + Doubles{});
-  const Doubles value = g * (negative ? -sum : sum);
-  for (int lane = 0; lane < 8; ++lane) p[lane] = static_cast<float>(value[lane]) * scale;
+    Words k = (Words)((words - kQuarter) & 0xFFFFFFFF);
+    k = k > 2 * kQuarter ? 4 * kQuarter - k : k;
+    const Words negative = k > kQuarter;
+    k = negative ? 2 * kQuarter - k : k;
+    const Words steep = k > kQuarter / 2;
+    k = steep ? kQuarter - k : k;
+    const Doubles x = ((Doubles)(k | kBits52) - 0x1p52) * kUnit, y = x * x;
+    Doubles sum = steep ? kSineSeries[8] + Doubles{} : kCosineSeries[8] + Doubles{};
+#pragma GCC unroll 8
+    for (int i = 7; i >= 0; --i)
+      sum = sum * y + (steep ? kSineSeries[i] + Doubles{} : kCosineSeries[i] + Doubles{});
+    sum = sum * (steep ? x : 1.0 + Doubles{});
+    const Doubles value = g * (negative ? -sum : sum);
+    for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<float>(value[lane]) * scale;
+  }
 }
 
 void seed_factors(const uint8_t* words, int64_t n, float scale, float* p) {
-  int64_t t = 0;
-  for (; t + 8 <= n; t += 8) eight_factors(words + 8 * t, scale, p + t);
-  if (t == n) return;
+  const int64_t whole = n / 8 * 8;
+  by_width([&]<int L>() RS_LAMBDA { factors<L>(words, whole, scale, p); });
+  if (whole == n) return;
   uint8_t last[64] = {};
   float few[8];
-  std::copy(words + 8 * t, words + 8 * n, last);
-  eight_factors(last, scale, few);
-  std::copy(few, few + (n - t), p + t);
+  std::copy(words + 8 * whole, words + 8 * n, last);
+  by_width([&]<int L>() RS_LAMBDA { factors<L>(last, 8, scale, few); });
+  std::copy(few, few + (n - whole), p + whole);
 }
 
 // Rows of blocks of B: w[j] = p[j / B] * m[j mod B].
-template <int B>
-RS_CLONES void fill_row(const float* p, int64_t n, const float* m, float* w) {
-  for (int64_t t = 0; t < n; ++t)
+template <int B, int L>
+RS_FLAT void fill_row(const float* p, int64_t n, const float* m, float* w) {
+  int64_t t = 0;
+  if constexpr (L > B) {  // more than one block a vector
+    VectorOf<float, L> pattern;
+    for (int lane = 0; lane < L; ++lane) pattern[lane] = m[lane % B];
+    for (; t + L <= n; t += L)
+#pragma GCC unroll 4
+      for (int v = 0; v < B; ++v) {
+        VectorOf<int32_t, L> of;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; ++lane) of[lane] = (v * L + lane) / B;
+        at<float, L>(w + t * B + v * L) = __builtin_shuffle(at<float, L>(p + t), of) * pattern;
+      }
+  }
+  for (; t < n; ++t)
     for (int j = 0; j < B; ++j) w[t * B + j] = p[t] * m[j];
 }
 
@@ -84,12 +102,13 @@ void decode_blocks(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   for (int64_t tr = row0 / side; tr < row1 / side; ++tr) {
     seed_factors(layer.codes + tr * n * 8, n, layer.params[0][0], p.data());
     for (int64_t i = 0; i < side; ++i, w += layer.in) {
-      if (side == 4)
-        fill_row<4>(p.data(), n, pattern.row(i), w);
-      else if (side == 8)
-        fill_row<8>(p.data(), n, pattern.row(i), w);
-      else
+      if (side > 8)
         fill_wide_row(p.data(), n, side, pattern.row(i), w);
+      else
+        by_width([&]<int L>() RS_LAMBDA {
+          side == 4 ? fill_row<4, L>(p.data(), n, pattern.row(i), w)
+                    : fill_row<8, L>(p.data(), n, pattern.row(i), w);
+        });
     }
   }
 }

@@ -2,75 +2,84 @@
 
 #include <cstring>
 
-#include "../cpu/clones.h"
 #include "../cpu/loops.h"
+#include "../cpu/widths.h"
 #include "sparse.h"
 
 namespace rs {
 namespace {
 
-constexpr int kLanes = 16;  // candidates side by side
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
 // The codebook with the vectors' entries apart, so that candidates are neighbours.
 struct alignas(64) Columns {
-  Floats entry[4][Ultra::kVectors / kLanes], square[Ultra::kVectors / kLanes];
+  float entry[4][Ultra::kVectors], square[Ultra::kVectors];
 
   explicit Columns(const Ultra::Tables& t) {
-    for (int k = 0; k < Ultra::kVectors; ++k)
-      for (int j = 0; j < 4; ++j) entry[j][k / kLanes][k % kLanes] = t.vector[k][j];
-    for (int k = 0; k < Ultra::kVectors / kLanes; ++k) {
-      square[k] = Floats{};
-      for (int j = 0; j < 4; ++j) square[k] += entry[j][k] * entry[j][k];
+    for (int k = 0; k < Ultra::kVectors; ++k) {
+      square[k] = 0;
+      for (int j = 0; j < 4; ++j) {
+        entry[j][k] = t.vector[k][j];
+        square[k] += entry[j][k] * entry[j][k];
+      }
     }
   }
 };
 
+// The least cost of each of L lanes.
+template <int L>
 struct Best {
+  using Floats = VectorOf<float, L>;
+  using Ints = VectorOf<int32_t, L>;
   Floats cost = Floats{} + 3.4e38f;
-  Ints at{};
+  Ints first{};
 
-  // Candidate `step` of every lane. The first of equal costs stays.
-  __attribute__((always_inline)) void offer(const Floats& other, const Ints& step) {
+  // Candidates k to k + L - 1. The first of equal costs stays.
+  RS_FLAT void offer(const Floats& other, int32_t k) {
     const Ints better = other < cost;
     cost = better ? other : cost;
-    at = better ? step : at;
+    first = better ? k + Ints{} : first;
   }
-  int index() const {
+  RS_FLAT int index() const {
     int found = 0;
-    for (int lane = 1; lane < kLanes; ++lane)
-      if (cost[lane] < cost[found] || (cost[lane] == cost[found] && at[lane] < at[found]))
+    for (int lane = 1; lane < L; ++lane)
+      if (cost[lane] < cost[found] || (cost[lane] == cost[found] && first[lane] < first[found]))
         found = lane;
-    return at[found] * kLanes + found;
+    return first[found] + found;
   }
 };
 
 // The vector with the least |w - c|^2; only |c|^2 - 2 w c differs between vectors.
-RS_CLONES int nearest(const Columns& columns, const float* w) {
-  Best best;
-  Ints step{};
-  for (int k = 0; k < Ultra::kVectors / kLanes; ++k, step += 1) {
-    Floats cost = columns.square[k];
-    for (int j = 0; j < 4; ++j) cost -= 2 * w[j] * columns.entry[j][k];
-    best.offer(cost, step);
+template <int L>
+RS_FLAT int nearest(const Columns& columns, const float* w) {
+  Best<L> best;
+  for (int k = 0; k < Ultra::kVectors; k += L) {
+    VectorOf<float, L> cost = at<float, L>(columns.square + k);
+    for (int j = 0; j < 4; ++j) cost -= 2 * w[j] * at<float, L>(columns.entry[j] + k);
+    best.offer(cost, k);
   }
   return best.index();
 }
 
 // The same with the sum of h (w - c)^2.
-RS_CLONES int nearest_weighted(const Columns& columns, const float* w, const float* h) {
-  Best best;
-  Ints step{};
-  for (int k = 0; k < Ultra::kVectors / kLanes; ++k, step += 1) {
-    Floats cost{};
+template <int L>
+RS_FLAT int nearest_weighted(const Columns& columns, const float* w, const float* h) {
+  Best<L> best;
+  for (int k = 0; k < Ultra::kVectors; k += L) {
+    VectorOf<float, L> cost{};
     for (int j = 0; j < 4; ++j) {
-      const Floats c = columns.entry[j][k];
+      const VectorOf<float, L> c = at<float, L>(columns.entry[j] + k);
       cost += h[j] * c * (c - 2 * w[j]);
     }
-    best.offer(cost, step);
+    best.offer(cost, k);
   }
   return best.index();
+}
+
+int nearest(const Columns& columns, const float* w, const float* h) {
+  int index;
+  by_width([&]<int L>() RS_LAMBDA {
+    index = h ? nearest_weighted<L>(columns, w, h) : nearest<L>(columns, w);
+  });
+  return index;
 }
 
 void encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
@@ -81,9 +90,8 @@ void encode(const Layer& layer, const float* w, const EncodeOptions& options, in
     const float* from = w + t / layer.tile_cols() * layer.in + col;
     uint64_t word = 0;
     for (int i = 0; i < 4; ++i) {
-      const int index = options.importance ? nearest_weighted(*columns, from + 4 * i,
-                                                              options.importance + col + 4 * i)
-                                           : nearest(*columns, from + 4 * i);
+      const int index = nearest(*columns, from + 4 * i,
+                                options.importance ? options.importance + col + 4 * i : nullptr);
       word |= static_cast<uint64_t>(index) << (10 * i);
     }
     for (int byte = 0; byte < 5; ++byte)

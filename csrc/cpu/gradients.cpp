@@ -4,13 +4,13 @@
 #include <numeric>
 
 #include "../bind.h"
-#include "clones.h"
 #include "fast.h"
 #include "frame.h"
 #include "ops.h"
 #include "pairs.h"
 #include "parallel.h"
 #include "terms.h"
+#include "widths.h"
 
 namespace rs {
 namespace {
@@ -41,26 +41,30 @@ struct BlockGrads {
   }
 };
 
-using Lanes =
-    float __attribute__((vector_size(64)));  // partial sums in a fixed order on any machine
-constexpr int64_t kLanes = 16;
+constexpr int kLanes = 16;  // partial sums in a fixed order on any machine
 
 // `count` values; the other lanes are zero.
-__attribute__((always_inline)) inline Lanes lanes(const float* x, int64_t count) {
-  Lanes v = {};
+template <int L>
+RS_FLAT void load(const float* x, int64_t count, Wide<float, kLanes, L>& v) {
+  v = {};
   std::memcpy(&v, x, static_cast<size_t>(count) * sizeof(float));
-  return v;
 }
 
 // `count` values of one row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into
 // dLoss/dp, adds to the lanes of dLoss/dso.
-__attribute__((always_inline)) inline void scale_lanes(const float* p, float* d, int64_t count,
-                                                       float so, const float* si, float* dsi,
-                                                       Lanes& sum) {
+template <int L>
+RS_FLAT void scale_lanes(const float* p, float* d, int64_t count, float so, const float* si,
+                         float* dsi, Wide<float, kLanes, L>& sum) {
   const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-  Lanes dp = lanes(d, count), product = lanes(p, count) * dp;
+  Wide<float, kLanes, L> dp, product;
+  load<L>(d, count, dp);
+  load<L>(p, count, product);
+  product *= dp;
   if (si) {
-    const Lanes scale = lanes(si, count), dscale = lanes(dsi, count) + product * so;
+    Wide<float, kLanes, L> scale, dscale;
+    load<L>(si, count, scale);
+    load<L>(dsi, count, dscale);
+    dscale.add(product, so);
     std::memcpy(dsi, &dscale, bytes);
     product *= scale;
     dp *= scale;
@@ -70,30 +74,28 @@ __attribute__((always_inline)) inline void scale_lanes(const float* p, float* d,
   std::memcpy(d, &dp, bytes);
 }
 
-__attribute__((always_inline)) inline float sum_lanes(Lanes v) {
-  using Index = int32_t __attribute__((vector_size(64)));
-  v += __builtin_shuffle(v, Index{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-  v += __builtin_shuffle(v, Index{4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3});
-  v += __builtin_shuffle(v, Index{2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1});
-  return v[0] + v[1];
-}
-
 // Rows of p and d, `apart`; null scales are ones and have no gradients.
-RS_CLONES void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
-                               const float* so, float* dso, const float* si, float* dsi) {
+template <int L>
+RS_FLAT void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
+                             const float* so, float* dso, const float* si, float* dsi) {
   for (int64_t i = 0; i < rows; ++i, p += apart, d += apart) {
     const float scale = so ? so[i] : 1.0f;
-    Lanes sum = {};
+    Wide<float, kLanes, L> sum = {};
     int64_t j = 0;
     if (si)
       for (; j + kLanes <= n; j += kLanes)
-        scale_lanes(p + j, d + j, kLanes, scale, si + j, dsi + j, sum);
+        scale_lanes<L>(p + j, d + j, kLanes, scale, si + j, dsi + j, sum);
     else
       for (; j + kLanes <= n; j += kLanes)
-        scale_lanes(p + j, d + j, kLanes, scale, nullptr, nullptr, sum);
-    if (j < n) scale_lanes(p + j, d + j, n - j, scale, si ? si + j : si, si ? dsi + j : dsi, sum);
-    if (so) dso[i] += sum_lanes(sum);
+        scale_lanes<L>(p + j, d + j, kLanes, scale, nullptr, nullptr, sum);
+    if (j < n)
+      scale_lanes<L>(p + j, d + j, n - j, scale, si ? si + j : si, si ? dsi + j : dsi, sum);
+    if (so) dso[i] += sum_lanes(sum.v);
   }
+}
+void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
+                     const float* so, float* dso, const float* si, float* dsi) {
+  by_width([&]<int L>() RS_LAMBDA { scale_gradients<L>(p, d, rows, n, apart, so, dso, si, dsi); });
 }
 
 // Rows at a time: in the second-level cache; sums of shared gradients, so that they stay few, and
