@@ -44,17 +44,30 @@ uint32_t* kept_panel(int64_t n) {
   return pages.get();
 }
 
+// y[cols * out] = part[rows * apart]^T by squares whose lines fit the first-level cache.
+void turn(const float* part, int64_t apart, int64_t rows, int64_t cols, float* y, int64_t out) {
+  constexpr int64_t kSquare = 16;
+  for (int64_t j0 = 0; j0 < cols; j0 += kSquare)
+    for (int64_t i0 = 0; i0 < rows; i0 += kSquare) {
+      const int64_t j1 = std::min(j0 + kSquare, cols), i1 = std::min(i0 + kSquare, rows);
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = i0; i < i1; ++i) y[j * out + i] = part[i * apart + j];
+    }
+}
+
 }  // namespace
 
 void panel_linear(const Row& row, const Layer& layer, const uint16_t* x, int64_t m, float* y) {
   const int64_t in = layer.in, out = layer.out, pairs = in / 2;
   const int64_t rest = m % 16 <= kDotCols ? m % 16 : 0, whole = m - rest;
   const int64_t piece = rows_of(kPiece, std::lcm(row.tile.rows, kPairRows), layer);
+  // Not a power of two, which would map the lines of a square to few places of the caches.
+  const int64_t apart = std::min(kBatch, m) + 16;
   const Lines<uint32_t> right(round_up(whole, kPairCols) * pairs);
   pair_columns(x, whole, in, pairs, kPairCols, right.get());
   parallel_for(out, piece, [&](int64_t begin, int64_t end) {
     const Lines<uint32_t> w(std::min(piece, end - begin) * pairs);
-    const Lines<float> part(piece * kBatch);
+    const Lines<float> part(piece * apart);
     for (int64_t r = begin; r < end; r += piece) {
       const int64_t rows = std::min(piece, end - r);
       decode_narrow(row, layer, r, r + rows, reinterpret_cast<uint16_t*>(w.get()));
@@ -62,12 +75,11 @@ void panel_linear(const Row& row, const Layer& layer, const uint16_t* x, int64_t
         const int64_t cols = std::min(kBatch, m - b), paired = std::min(cols, whole - b);
         if (paired)
           pair_product({w.get(), kPairRows * pairs, pairs, 1}, right.get() + b * pairs,
-                       kPairCols * pairs, pairs, rows, paired, part.get(), kBatch, false);
+                       kPairCols * pairs, pairs, rows, paired, part.get(), apart, false);
         if (paired < cols)
           dot_product(reinterpret_cast<const uint16_t*>(w.get()), x + (b + paired) * in, in, rows,
-                      cols - paired, part.get() + paired, kBatch);
-        for (int64_t j = 0; j < cols; ++j)
-          for (int64_t i = 0; i < rows; ++i) y[(b + j) * out + r + i] = part[i * kBatch + j];
+                      cols - paired, part.get() + paired, apart);
+        turn(part.get(), apart, rows, cols, y + b * out + r, out);
       }
     }
   });
