@@ -38,61 +38,50 @@ const HybridTables& HybridTables::get(int64_t side) {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = kHybridLanes;
 
-// Width of a block in whole vectors; its last columns are zero.
-int64_t padded(int64_t side) { return std::max(side, kLanes); }
-
-}  // namespace
-
-RS_CLONES void hybrid_smooth(const HybridTables& tables, const float* c, float* w, int64_t stride) {
-  const int64_t side = tables.side, plane = side * side;
+template <int L>
+RS_FLAT void smooth(const HybridTables& tables, const float* c, const float* t, float* w,
+                    int64_t stride) {
+  const int64_t side = tables.side, plane = side * side, width = hybrid_width(side);
   const float* b = tables.smooth.get();
-  for (int64_t i = 0; i < side; ++i)
-    for (int64_t j = 0; j < side; ++j) {
-      const int64_t at = i * side + j;
-      float sum = 0.0f + c[0] * b[at];
-      for (int64_t k = 1; k < kSmooth; ++k) sum += c[k] * b[k * plane + at];
-      w[i * stride + j] = sum;
+  for (int64_t i = 0; i < side; ++i, b += side, w += stride) {
+    int64_t j = 0;
+    for (; j + L <= side; j += L) {
+      VectorOf<float, L> sum = 0.0f + c[0] * at<float, L>(b + j);
+#pragma GCC unroll 8
+      for (int64_t k = 1; k < kSmooth; ++k) sum += c[k] * at<float, L>(b + k * plane + j);
+      if (t) sum += at<float, L>(t + i * width + j);
+      at<float, L>(w + j) = sum;
     }
-}
-
-// g[side][padded side], zeroed first.
-RS_CLONES void hybrid_spread(const HybridTables& tables, const uint16_t* position,
-                             const float* value, int64_t terms, float* g) {
-  const int64_t side = tables.side, width = padded(side);
-  std::memset(g, 0, static_cast<size_t>(side * width) * sizeof(float));
-  for (int64_t e = 0; e < terms; ++e) {
-    const int64_t at = position[e] & (side * side - 1);
-    const float *wave = tables.cosine.get() + at % side * side, v = value[e];
-    float* row = g + at / side * width;
-    for (int64_t j = 0; j < side; ++j) row[j] += v * wave[j];
+    for (; j < side; ++j) {
+      float sum = 0.0f + c[0] * b[j];
+      for (int64_t k = 1; k < kSmooth; ++k) sum += c[k] * b[k * plane + j];
+      w[j] = t ? sum + t[i * width + j] : sum;
+    }
   }
 }
 
-namespace {
-
 template <int L>
-RS_FLAT void add_waves(const HybridTables& tables, const float* g, float* w, int64_t stride) {
+RS_FLAT void waves(const HybridTables& tables, float* g) {
   using Floats = VectorOf<float, L>;
   constexpr int kSums = 8;  // in registers
-  const int64_t side = tables.side, width = padded(side);
+  const int64_t side = tables.side, width = hybrid_width(side);
   const float* cosine = tables.cosine.get();
   Floats t[256];
-  for (int64_t j = 0; j < side; j += L) {
-    t[0] = cosine[0] * at<float, L>(g + j);
+  for (float* column = g; column < g + side; column += L) {
+    t[0] = cosine[0] * at<float, L>(column);
     for (int64_t n = 2; n <= side; n *= 2) {
       const int64_t step = side / n, half = n / 2;
       int64_t i = 0;
       for (; i + kSums <= half; i += kSums) {
         Floats odd[kSums] = {};
         for (int64_t u = step; u < side; u += 2 * step) {
-          const Floats row = at<float, L>(g + u * width + j);
+          const Floats row = at<float, L>(column + u * width);
           const float* wave = cosine + u * side + i;
 #pragma GCC unroll 8
           for (int k = 0; k < kSums; ++k) odd[k] += wave[k] * row;
         }
-#pragma GCC unroll 8
         for (int k = 0; k < kSums; ++k) {
           const Floats even = t[i + k];
           t[i + k] = even + odd[k];
@@ -102,20 +91,13 @@ RS_FLAT void add_waves(const HybridTables& tables, const float* g, float* w, int
       for (; i < half; ++i) {
         Floats odd = {};
         for (int64_t u = step; u < side; u += 2 * step)
-          odd += cosine[u * side + i] * at<float, L>(g + u * width + j);
+          odd += cosine[u * side + i] * at<float, L>(column + u * width);
         const Floats even = t[i];
         t[i] = even + odd;
         t[n - 1 - i] = even - odd;
       }
     }
-    const int64_t real = side - j;
-    for (int64_t i = 0; i < side; ++i) {
-      float* to = w + i * stride + j;
-      if (real >= L)
-        at<float, L>(to) += t[i];
-      else
-        for (int64_t k = 0; k < real; ++k) to[k] += t[i][k];
-    }
+    for (int64_t i = 0; i < side; ++i) at<float, L>(column + i * width) = t[i];
   }
 }
 
@@ -143,9 +125,25 @@ void half_values(const uint8_t* words, int64_t count, float* values) {
 
 }  // namespace
 
-// Adds the transform of g down the columns to w.
-void hybrid_add_waves(const HybridTables& tables, const float* g, float* w, int64_t stride) {
-  by_width([&]<int L>() RS_LAMBDA { add_waves<L>(tables, g, w, stride); });
+RS_CLONES void hybrid_spread(const HybridTables& tables, const uint16_t* position,
+                             const float* value, int64_t terms, float* g) {
+  const int64_t side = tables.side, width = hybrid_width(side);
+  std::memset(g, 0, static_cast<size_t>(side * width) * sizeof(float));
+  for (int64_t e = 0; e < terms; ++e) {
+    const int64_t at = position[e] & (side * side - 1);
+    const float *wave = tables.cosine.get() + at % side * side, v = value[e];
+    float* row = g + at / side * width;
+    for (int64_t j = 0; j < side; ++j) row[j] += v * wave[j];
+  }
+}
+
+void hybrid_waves(const HybridTables& tables, float* g) {
+  by_width([&]<int L>() RS_LAMBDA { waves<L>(tables, g); });
+}
+
+void hybrid_smooth(const HybridTables& tables, const float* coefficients, const float* t, float* w,
+                   int64_t stride) {
+  by_width([&]<int L>() RS_LAMBDA { smooth<L>(tables, coefficients, t, w, stride); });
 }
 
 namespace {
@@ -182,14 +180,14 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   const int64_t side = layer.tile.rows, terms = terms_of(layer);
   const HybridTables& tables = HybridTables::get(side);
   Unpacked tile(terms);
-  std::vector<float> g(static_cast<size_t>(side * padded(side)));
+  std::vector<float> g(static_cast<size_t>(side * hybrid_width(side)));
   for (int64_t tr = row0 / side; tr < row1 / side; ++tr)
     for (int64_t tc = 0; tc < layer.tile_cols(); ++tc) {
       tile.read(layer.codes + (tr * layer.tile_cols() + tc) * layer.tile.bytes);
       float* out = w + (tr * side - row0) * layer.in + tc * side;
-      hybrid_smooth(tables, tile.coefficient.data(), out, layer.in);
       hybrid_spread(tables, tile.position.data(), tile.value.data(), terms, g.data());
-      hybrid_add_waves(tables, g.data(), out, layer.in);
+      hybrid_waves(tables, g.data());
+      hybrid_smooth(tables, tile.coefficient.data(), g.data(), out, layer.in);
     }
 }
 

@@ -83,11 +83,17 @@ inline uint16_t half_bits(float x) {
   return static_cast<uint16_t>((bits < 0x7BFF ? bits : 0x7BFF) | (x < 0 ? 0x8000 : 0));
 }
 
-// The three steps of decode. w has rows `stride` apart; g is side * max(side, 16) floats.
-void hybrid_smooth(const HybridTables& tables, const float* coefficients, float* w, int64_t stride);
+// Width of a block's scratch, in whole vectors.
+constexpr int64_t kHybridLanes = 16;
+inline int64_t hybrid_width(int64_t side) { return side > kHybridLanes ? side : kHybridLanes; }
+
+// The three steps of decode. g is side * hybrid_width(side) floats: g of the entries, then t in its
+// place, then w, whose rows are `stride` apart, as s + t, or s alone for null.
 void hybrid_spread(const HybridTables& tables, const uint16_t* position, const float* value,
                    int64_t terms, float* g);
-void hybrid_add_waves(const HybridTables& tables, const float* g, float* w, int64_t stride);
+void hybrid_waves(const HybridTables& tables, float* g);
+void hybrid_smooth(const HybridTables& tables, const float* coefficients, const float* t, float* w,
+                   int64_t stride);
 
 // spec: hybrid(block=64, terms=252)
 std::vector<Term> hybrid_terms(const Spec& spec, Shape shape);

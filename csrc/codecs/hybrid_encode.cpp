@@ -86,7 +86,7 @@ class Encoder {
       : tables_(HybridTables::get(side)), side_(side), count_(side * side), terms_(terms) {
     for (auto* v : {&target_, &rest_, &spectrum_, &kept_, &work_, &turned_})
       v->resize(static_cast<size_t>(count_));
-    g_.resize(static_cast<size_t>(side * std::max(side, kLanes)));
+    g_.resize(static_cast<size_t>(side * hybrid_width(side)));
     position_.resize(static_cast<size_t>(terms));
     value_.resize(static_cast<size_t>(terms));
     order_.resize(static_cast<size_t>(count_));
@@ -159,13 +159,13 @@ class Encoder {
       coefficient_[k] = half_value(half_bits(static_cast<float>(sums[k])));
   }
   void fit_smooth_again() {
-    hybrid_smooth(tables_, coefficient_, kept_.data(), side_);
+    hybrid_smooth(tables_, coefficient_, nullptr, kept_.data(), side_);
     for (int64_t at = 0; at < count_; ++at) work_[at] += kept_[at];
     fit_smooth(work_);
   }
   // rest_: the target without the smooth part.
   void subtract_smooth() {
-    hybrid_smooth(tables_, coefficient_, rest_.data(), side_);
+    hybrid_smooth(tables_, coefficient_, nullptr, rest_.data(), side_);
     for (int64_t at = 0; at < count_; ++at) rest_[at] = target_[at] - rest_[at];
   }
 
@@ -196,9 +196,10 @@ class Encoder {
   // work_ = rest_ minus the waves of the chosen terms.
   void remaining() {
     hybrid_spread(tables_, position_.data(), value_.data(), terms_, g_.data());
-    std::fill(work_.begin(), work_.end(), 0.0f);
-    hybrid_add_waves(tables_, g_.data(), work_.data(), side_);
-    for (int64_t at = 0; at < count_; ++at) work_[at] = rest_[at] - work_[at];
+    hybrid_waves(tables_, g_.data());
+    const int64_t width = hybrid_width(side_);
+    for (int64_t at = 0; at < count_; ++at)
+      work_[at] = rest_[at] - g_[at / side_ * width + at % side_];
   }
   double error() {
     remaining();
