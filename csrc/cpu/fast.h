@@ -28,6 +28,7 @@ void palette_avx512_slots(Row& row, PaletteLayout layout, int bits, bool grouped
 void trellis_avx2_slots(Row& row, int k);
 void trellis_decode_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
+void trellis_adjoint_avx2_slots(Row& row, int k);
 void trellis_adjoint_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_decode_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
@@ -64,6 +65,7 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx2) trellis_avx2_slots(row, k);
   if (isa >= Isa::avx2) trellis_decode_avx2_slots(row, k);
+  if (isa >= Isa::avx2) trellis_adjoint_avx2_slots(row, k);
   if (isa >= Isa::avx512) trellis_avx512_slots(row, k);
   if (isa >= Isa::avx512) trellis_adjoint_avx512_slots(row, k);
 #endif

@@ -1,19 +1,16 @@
 // Gradient of the trellis's table on AVX-512 (BW, VBMI): the states of a tile are hashed 32 at a
-// time and leave an address and a signed pair of gradients each, which are then added one by one to
-// histograms of the table's 1024 points. Neighbouring states take turns among the histograms, so
-// that an addition seldom waits for the one before it.
+// time.
 #include "fast.h"
 
 #if RS_FAST_X86
 #include <array>
 
 #include "trellis_cuts.h"
+#include "trellis_histograms.h"
 #include "trellis_integers.h"
 
 namespace rs {
 namespace {
-
-constexpr int kHistograms = 2;
 
 // States 32 * g to 32 * g + 31 in their order.
 template <int K>
@@ -42,17 +39,6 @@ struct SignWords {
 };
 constexpr SignWords kSignWords;
 
-// du, dv of a table's point side by side.
-struct Histograms {
-  alignas(64) float at[kHistograms][1024][2] = {};
-};
-
-// 32 states: where in a histogram, in bytes, and what to add.
-struct alignas(64) Additions {
-  uint16_t offset[32];
-  float pair[32][2];
-};
-
 }  // namespace
 }  // namespace rs
 
@@ -65,7 +51,7 @@ namespace {
 // States 32 * g to 32 * g + 31 of a tile, whose first four rows here are at dw.
 template <int K>
 RS_INLINE void hash_group(const TileBytes<K>& bytes, int g, const float* dw, int64_t stride,
-                          Additions& to) {
+                          Additions<uint16_t>& to) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
   const __m512i states = _mm512_multishift_epi64_epi8(load(kStateCuts<K>[g].cut.at),
                                                       bytes.permute(kStateCuts<K>[g].bytes));
@@ -82,24 +68,10 @@ RS_INLINE void hash_group(const TileBytes<K>& bytes, int g, const float* dw, int
   }
 }
 
-RS_INLINE void add_pair(Histograms& sums, int histogram, uint16_t offset, const float* pair) {
-  auto* at = reinterpret_cast<__m128i*>(reinterpret_cast<char*>(sums.at[histogram]) + offset);
-  const __m128 sum =
-      _mm_add_ps(_mm_castsi128_ps(_mm_loadl_epi64(at)),
-                 _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pair))));
-  _mm_storel_epi64(at, _mm_castps_si128(sum));
-}
-
-RS_INLINE void add_group(const Additions& additions, Histograms& sums) {
-#pragma GCC unroll 4
-  for (int n = 0; n < 32; ++n)
-    add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);
-}
-
 // While one group's states are added, which waits for memory, the next group's are hashed.
 template <int K>
 void add_tiles(const Layer& layer, int64_t row0, int64_t row1, const float* dw, Histograms& sums) {
-  Additions turns[2] = {};
+  Additions<uint16_t> turns[2] = {};
   const uint8_t* tile = layer.codes + row0 / 16 * layer.tile_cols() * 16 * K;
   for (int64_t row = row0; row < row1; row += 16, dw += 16 * layer.in)
     for (int64_t col = 0; col < layer.in; col += 16, tile += 16 * K) {
@@ -119,23 +91,15 @@ void add_tiles(const Layer& layer, int64_t row0, int64_t row1, const float* dw, 
 #pragma GCC pop_options
 
 namespace rs {
-namespace {
-
-template <int K>
-void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
-  const auto sums = std::make_unique<Histograms>();
-  add_tiles<K>(layer, row0, row1, dw, *sums);
-  double all[Trellis<K>::kSums] = {};
-  for (const auto& histogram : sums->at)
-    for (int i = 0; i < 1024; ++i) all[i] += histogram[i][0], all[1024 + i] += histogram[i][1];
-  const typename Trellis<K>::Tables tables(layer);
-  for (int f = 0; f < Trellis<K>::kFolds; ++f) Trellis<K>::fold(f, tables, all, grads);
-}
-
-}  // namespace
 
 void trellis_adjoint_avx512_slots(Row& row, int k) {
-  with_trellis_bits(k, [&]<int K> { row.adjoint = adjoint<K>; });
+  with_trellis_bits(k, [&]<int K> {
+    row.adjoint = [](const Layer& layer, int64_t row0, int64_t row1, const float* dw,
+                     float* const* grads) {
+      fold_histograms<K>(layer, grads,
+                         [&](Histograms& sums) { add_tiles<K>(layer, row0, row1, dw, sums); });
+    };
+  });
 }
 
 }  // namespace rs
