@@ -30,6 +30,7 @@ void trellis_decode_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void trellis_adjoint_avx512_slots(Row& row, int k);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
+void uniform_decode_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_adjoint_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 void vq_cyclic_avx512_slots(Row& row, int64_t block);
@@ -70,6 +71,7 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx2) uniform_avx2_slots(row, bits, symmetric, group);
+  if (isa >= Isa::avx2) uniform_decode_avx2_slots(row, bits, symmetric, group);
   if (isa >= Isa::avx512) uniform_avx512_slots(row, bits, symmetric, group);
   if (isa >= Isa::avx512) uniform_adjoint_avx512_slots(row, bits, symmetric, group);
 #endif
