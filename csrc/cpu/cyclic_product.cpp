@@ -115,6 +115,7 @@ template <class Word>
 void cyclic_product_slots(Row& row, bool integers, Isa isa) {
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 #if RS_FAST_X86
+  if (isa >= Isa::avx2) cyclic_decode_avx2_slots(Word(), row);
   if (isa >= Isa::avx512 && row.tile.cols == 8) cyclic_decode_avx512_slots(Word(), row);
 #endif
   if (integers) {

@@ -50,6 +50,10 @@ void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t*
 void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
                            int32_t* bins);
 
+// decode of blocks of 4 and multiples of 8.
+void cyclic_decode_avx2_slots(Cyclic16Word, Row& row);
+void cyclic_decode_avx2_slots(CyclicCompoundWord, Row& row);
+void cyclic_decode_avx2_slots(Cyclic32Word, Row& row);
 // decode and decode_bf16 of blocks of 8.
 void cyclic_decode_avx512_slots(Cyclic16Word, Row& row);
 void cyclic_decode_avx512_slots(CyclicCompoundWord, Row& row);

@@ -222,7 +222,7 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 template <int K>
 void fill(Row& row) {
   row.linear = linear<K>;
-  row.linear_max_m = 3 * kMaxBatch;  // panels are faster beyond
+  row.linear_max_m = 3 * kMaxBatch;  // then panels are about as fast
   row.linear_type = "int16 weights, 14-bit activations per 32 columns";
 }
 

@@ -199,7 +199,7 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 template <int Bits>
 void fill(Row& row, bool symmetric) {
   row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
-  row.linear_max_m = 3 * kMaxBatch;  // panels are faster beyond
+  row.linear_max_m = 3 * kMaxBatch;  // then panels are about as fast
   row.linear_type = "integer codes, 16-bit activations per row";
 }
 

@@ -35,7 +35,9 @@ constexpr EightCodes<Bits> kEightCodes;
 
 // Bytes that `unpack` reads; eight codes have Bits of them.
 template <int Bits>
-constexpr int kRead = Bits <= 2 ? 2 : Bits <= 4 ? 4 : 8;
+constexpr int kRead = Bits <= 2   ? 2
+                      : Bits <= 4 ? 4
+                                  : 8;
 
 template <int Bits>
 RS_INLINE __m256i unpack(const uint8_t* p) {
