@@ -30,6 +30,11 @@ RS_INLINE __m256i first_of_eight(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
 }
+RS_INLINE float sum_lanes(__m256 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
 RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
   if (count == 8) return _mm256_storeu_ps(w, x);
   _mm256_maskstore_ps(w, first_of_eight(count), x);
@@ -58,10 +63,7 @@ void float_product(const Layer& layer, const float* x, int64_t m, float* y, int6
     });
     for (int b = 0; b < B; ++b) {
       for (int i = 1; i < kSums; ++i) total[0][b] = _mm256_add_ps(total[0][b], total[i][b]);
-      __m128 s =
-          _mm_add_ps(_mm256_castps256_ps128(total[0][b]), _mm256_extractf128_ps(total[0][b], 1));
-      s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-      if (b < m) y[b * layer.out + row] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+      if (b < m) y[b * layer.out + row] = sum_lanes(total[0][b]);
     }
   }
 }
