@@ -8,10 +8,10 @@
 #include "adaptive_precision_fast.h"
 
 #if RS_FAST_X86
-#include <cstring>
 #include <vector>
 
-#include "lanes_avx2.h"
+#include "integers.h"
+#include "parallel.h"
 
 namespace rs {
 namespace {
@@ -41,59 +41,6 @@ struct AdaptiveWords {
 };
 constexpr AdaptiveWords kWords;
 
-// Calls visit(tile) with its bytes, 16 more of which may be read.
-struct ReadableTiles {
-  static constexpr int64_t kMore = 16;
-  const uint8_t* end;
-  int64_t bytes;
-  std::vector<uint8_t> copy;
-
-  explicit ReadableTiles(const Layer& layer)
-      : end(layer.codes + layer.out * layer.tile_cols() * layer.tile.bytes),
-        bytes(layer.tile.bytes),
-        copy(static_cast<size_t>(bytes + kMore)) {}
-  RS_INLINE const uint8_t* operator()(const uint8_t* tile) {
-    if (end - tile >= bytes + kMore) return tile;
-    std::memcpy(copy.data(), tile, static_cast<size_t>(bytes));
-    return copy.data();
-  }
-};
-
-void decode_tile(const uint8_t* tile, int64_t groups, int64_t bytes, const float* scales,
-                 float* w) {
-  int64_t at = (groups + 3) / 4;
-  for (int64_t g = 0; g < groups; ++g, w += 16) {
-    const int k = kAdaptiveClass[tile[g / 4] >> (2 * (g % 4)) & 3];
-    const auto& kind = kUnpack.kind[k];
-    const bool inside = at + kind.size <= bytes;
-    const __m256 kept = _mm256_castsi256_ps(_mm256_set1_epi32(inside ? -1 : 0));
-    const __m256i top = _mm256_set1_epi32(kind.top);
-    const __m256 scale = _mm256_set1_ps(scales[k]);
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t* from = tile + (inside ? at + half * kind.size / 2 : 0);
-      const __m256i stored =
-          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      const __m256i pair = _mm256_shuffle_epi8(
-          stored, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.bytes)));
-      const __m256i code = _mm256_and_si256(
-          _mm256_srlv_epi32(pair, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.shift))),
-          top);
-      const __m256i level = _mm256_sub_epi32(_mm256_add_epi32(code, code), top);
-      const __m256 share = _mm256_mul_ps(_mm256_cvtepi32_ps(level), _mm256_set1_ps(kind.unit));
-      _mm256_storeu_ps(w + 8 * half, _mm256_and_ps(kept, _mm256_mul_ps(share, scale)));
-    }
-    at += kind.size;
-  }
-}
-
-void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  const int64_t bytes = layer.tile.bytes, n = layer.tile_cols();
-  ReadableTiles readable(layer);
-  for (int64_t t = row0 * n; t < row1 * n; ++t, w += layer.tile.cols)
-    decode_tile(readable(layer.codes + t * bytes), layer.tile.cols / kAdaptiveGroup, bytes,
-                layer.params[0] + t * 3, w);
-}
-
 // Activations of groups, and their sums.
 //   values[(group * batch + row) * 16 + column], sums[group * kMaxBatch + row]
 struct GroupActivations {
@@ -122,6 +69,58 @@ struct GroupActivations {
   }
 };
 
+constexpr int64_t kMore = 16;  // bytes behind a tile's that may be read with them
+
+}  // namespace
+}  // namespace rs
+
+#include "lanes_avx2.h"
+
+namespace rs {
+namespace {
+
+// Tile t, or its copy where what follows it is not there.
+RS_INLINE const uint8_t* readable(const Layer& layer, int64_t t, uint8_t* copy) {
+  const int64_t bytes = layer.tile.bytes, tiles = layer.tile_rows() * layer.tile_cols();
+  const uint8_t* tile = layer.codes + t * bytes;
+  if ((tiles - 1 - t) * bytes >= kMore) return tile;
+  __builtin_memcpy(copy, tile, static_cast<size_t>(bytes));
+  return copy;
+}
+
+void decode_tile(const uint8_t* tile, int64_t groups, int64_t bytes, const float* scales,
+                 float* w) {
+  int64_t at = (groups + 3) / 4;
+  for (int64_t g = 0; g < groups; ++g, w += 16) {
+    const int k = kAdaptiveClass[tile[g / 4] >> (2 * (g % 4)) & 3];
+    const auto& kind = kUnpack.kind[k];
+    const bool inside = at + kind.size <= bytes;
+    const __m256 kept = _mm256_castsi256_ps(_mm256_set1_epi32(inside ? -1 : 0));
+    const __m256i top = _mm256_set1_epi32(kind.top);
+    const __m256 scale = _mm256_set1_ps(scales[k]);
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* from = tile + (inside ? at + half * kind.size / 2 : 0);
+      const __m256i stored =
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      const __m256i pair = _mm256_shuffle_epi8(
+          stored, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.bytes)));
+      const __m256i code = _mm256_and_si256(
+          _mm256_srlv_epi32(pair, _mm256_load_si256(reinterpret_cast<const __m256i*>(kind.shift))),
+          top);
+      const __m256i level = _mm256_sub_epi32(_mm256_add_epi32(code, code), top);
+      const __m256 share = _mm256_mul_ps(_mm256_cvtepi32_ps(level), _mm256_set1_ps(kind.unit));
+      _mm256_storeu_ps(w + 8 * half, _mm256_and_ps(kept, _mm256_mul_ps(share, scale)));
+    }
+    at += kind.size;
+  }
+}
+
+void decode_tiles(const Layer& layer, int64_t first, int64_t last, uint8_t* copy, float* w) {
+  for (int64_t t = first; t < last; ++t, w += layer.tile.cols)
+    decode_tile(readable(layer, t, copy), layer.tile.cols / kAdaptiveGroup, layer.tile.bytes,
+                layer.params[0] + t * 3, w);
+}
+
 // By the two bits of the map, and zero for groups that would end past the tile.
 struct ClassFactors {
   alignas(16) float code[4], one[4], none[4]{};
@@ -139,12 +138,11 @@ struct ClassFactors {
 };
 
 template <int B>
-void product(const Layer& layer, const GroupActivations& x, int64_t m, float* y, int64_t row0,
-             int64_t row1) {
+void product(const Layer& layer, const GroupActivations& x, int64_t m, uint8_t* copy, float* y,
+             int64_t row0, int64_t row1) {
   constexpr int kSums = B == 1 ? 2 : 1;  // independent, so that additions need not wait
   const int64_t bytes = layer.tile.bytes, n = layer.tile_cols();
   const int64_t groups = layer.tile.cols / kAdaptiveGroup;
-  ReadableTiles readable(layer);
   ClassFactors factors;
   for (int64_t row = row0; row < row1; ++row) {
     const int16_t* values = x.values.get();
@@ -153,7 +151,7 @@ void product(const Layer& layer, const GroupActivations& x, int64_t m, float* y,
     for (auto& of : total)
       for (__m256& sum : of) sum = _mm256_setzero_ps();
     for (int64_t t = row * n; t < (row + 1) * n; ++t) {
-      const uint8_t* tile = readable(layer.codes + t * bytes);
+      const uint8_t* tile = readable(layer, t, copy);
       factors.load(layer.params[0] + t * 3);
       int64_t at = (groups + 3) / 4;
       const auto add = [&](int i, unsigned stored) RS_LAMBDA {
@@ -207,6 +205,15 @@ void product(const Layer& layer, const GroupActivations& x, int64_t m, float* y,
 namespace rs {
 namespace {
 
+std::vector<uint8_t> copy_of(const Layer& layer) {
+  return std::vector<uint8_t>(static_cast<size_t>(layer.tile.bytes + kMore));
+}
+
+void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const int64_t n = layer.tile_cols();
+  decode_tiles(layer, row0 * n, row1 * n, copy_of(layer).data(), w);
+}
+
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t grain = row_grain(layer.out, layer.in);
   const GroupActivations values(x, m, layer.in);
@@ -214,8 +221,9 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
                       : values.batch == 2 ? product<2>
                       : values.batch == 4 ? product<4>
                                           : product<8>;
-  parallel_for(layer.out, grain,
-               [&](int64_t begin, int64_t end) { kernel(layer, values, m, y, begin, end); });
+  parallel_for(layer.out, grain, [&](int64_t begin, int64_t end) {
+    kernel(layer, values, m, copy_of(layer).data(), y, begin, end);
+  });
 }
 
 }  // namespace

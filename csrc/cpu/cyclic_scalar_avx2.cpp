@@ -9,6 +9,35 @@
 
 #if RS_FAST_X86
 #include "../codecs/cyclic_scalar.h"
+#include "integers.h"
+#include "parallel.h"
+
+namespace rs {
+namespace {
+
+// Activations by steps of 32 columns: values[(step * batch + row) * 32 + place].
+struct StepActivations {
+  int batch;
+  Lines<int16_t> values;
+  float unit[kMaxBatch];
+
+  // apart: the even columns of a step before the odd ones.
+  StepActivations(const float* x, int64_t m, int64_t in, bool apart)
+      : batch(static_cast<int>(std::bit_ceil(static_cast<uint64_t>(m)))), values(in * batch) {
+    for (int64_t b = 0; b < m; ++b) {
+      const Quantum quantum(x + b * in, in, 32767);
+      unit[b] = quantum.unit;
+      for (int64_t j = 0; j < in; ++j) {
+        const int64_t place = apart ? j % 2 * 16 + j % 32 / 2 : j % 32;
+        values[(j / 32 * batch + b) * 32 + place] = quantum(x[b * in + j]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace rs
+
 #include "lanes_avx2.h"
 
 namespace rs {
@@ -89,26 +118,6 @@ void decode16(const Layer& layer, int64_t row0, int64_t row1, float* w) {
     }
   }
 }
-
-// Activations by steps of 32 columns: values[(step * batch + row) * 32 + place].
-struct StepActivations {
-  int batch;
-  Lines<int16_t> values;
-  float unit[kMaxBatch];
-
-  // apart: the even columns of a step before the odd ones.
-  StepActivations(const float* x, int64_t m, int64_t in, bool apart)
-      : batch(static_cast<int>(std::bit_ceil(static_cast<uint64_t>(m)))), values(in * batch) {
-    for (int64_t b = 0; b < m; ++b) {
-      const Quantum quantum(x + b * in, in, 32767);
-      unit[b] = quantum.unit;
-      for (int64_t j = 0; j < in; ++j) {
-        const int64_t place = apart ? j % 2 * 16 + j % 32 / 2 : j % 32;
-        values[(j / 32 * batch + b) * 32 + place] = quantum(x[b * in + j]);
-      }
-    }
-  }
-};
 
 // Weights of a step as two registers of int16, in the order of the activations; kUnit is what they
 // are times the group's step, and kFlush how many steps' products may be added in 32 bits.
