@@ -41,6 +41,17 @@ struct AdaptiveWords {
 };
 constexpr AdaptiveWords kWords;
 
+// Bytes of four groups, by their byte of the map.
+struct FourSizes {
+  uint8_t at[256]{};
+  constexpr FourSizes() {
+    for (int map = 0; map < 256; ++map)
+      for (int g = 0; g < 4; ++g)
+        at[map] = static_cast<uint8_t>(at[map] + kWords.kind[map >> (2 * g) & 3].size);
+  }
+};
+constexpr FourSizes kFourSizes;
+
 // Activations of groups, and their sums.
 //   values[(group * batch + row) * 16 + column], sums[group * kMaxBatch + row]
 struct GroupActivations {
@@ -154,9 +165,9 @@ void product(const Layer& layer, const GroupActivations& x, int64_t m, uint8_t* 
       const uint8_t* tile = readable(layer, t, copy);
       factors.load(layer.params[0] + t * 3);
       int64_t at = (groups + 3) / 4;
-      const auto add = [&](int i, unsigned stored) RS_LAMBDA {
+      const auto add = [&](int i, unsigned stored, bool surely) RS_LAMBDA {
         const auto& kind = kWords.kind[stored];
-        const bool inside = at + kind.size <= bytes;
+        const bool inside = surely || at + kind.size <= bytes;
         const uint8_t* from = tile + (inside ? at : 0);
         const int64_t next = kind.size / 2;
         const __m256i halves = _mm256_inserti128_si256(
@@ -183,10 +194,11 @@ void product(const Layer& layer, const GroupActivations& x, int64_t m, uint8_t* 
       int64_t g = 0;
       for (; g + 4 <= groups; g += 4) {
         const unsigned map = tile[g / 4];
+        if (at + kFourSizes.at[map] > bytes) break;
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) add(i % kSums, map >> (2 * i) & 3);
+        for (int i = 0; i < 4; ++i) add(i % kSums, map >> (2 * i) & 3, true);
       }
-      for (; g < groups; ++g) add(0, tile[g / 4] >> (2 * (g % 4)) & 3);
+      for (; g < groups; ++g) add(0, tile[g / 4] >> (2 * (g % 4)) & 3, false);
     }
     alignas(32) float offsets[kMaxBatch];
     _mm256_store_ps(offsets, rest);
