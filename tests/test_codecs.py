@@ -46,7 +46,7 @@ def test_an_encoder_is_deterministic_on_every_instruction_set(codec, isa):
 
 @pytest.mark.parametrize("name", ["block_sparse", "hybrid", "seed64", "ultra"])
 def test_loops_over_vectors_of_any_width_give_the_same_bits(name):
-    """Encoders, float32 products and input gradients that are one source for all widths."""
+    """Encoders and small products of decoded rows are one source for all widths."""
     for codec in walk.few(name):
         weight = walk.gaussian(80, 272)
         with ops.use_isa("generic"):
@@ -55,15 +55,14 @@ def test_loops_over_vectors_of_any_width_give_the_same_bits(name):
             with ops.use_isa(isa):
                 assert same(codec.encode(weight), want), (codec.spec, isa)
         for batch in (1, 2, 3, 5, 8):
-            x, grad = (walk.gaussian(batch, n, seed=batch) for n in (272, 80))
+            grad = walk.gaussian(batch, 80, seed=batch)
             results = []
             for isa in walk.isas():
                 with ops.use_isa(isa), ops.accuracy("exact"):
-                    back = torch.ops.reality_stone.linear_grad_input(grad, *walk.arguments(want))
-                    results.append((want.linear(x), back))
-            for y, dx in results:
-                assert torch.equal(y, results[0][0]), (codec.spec, batch)
-                assert torch.equal(dx, results[0][1]), (codec.spec, batch)
+                    results.append(
+                        torch.ops.reality_stone.linear_grad_input(grad, *walk.arguments(want))
+                    )
+            assert all(torch.equal(dx, results[0]) for dx in results), (codec.spec, batch)
 
 
 @DEFAULTS

@@ -61,9 +61,29 @@ def test_every_code_decodes_alike_on_every_instruction_set(codec, group):
     )
     packed.check()
     want = reference.decode(*walk.arguments(packed))
+    x = walk.gaussian(3, packed.shape[1])
     for isa in walk.isas():
         with ops.use_isa(isa):
             assert walk.same_bits(packed.decode(), want), isa
+            assert walk.relative(packed.linear(x), x.double() @ want.double().t()) <= 3e-3, isa
+
+
+@BOTH
+@pytest.mark.parametrize("isa", walk.isas())
+def test_products_of_the_largest_codes_and_activations_fit(codec, isa):
+    shape = (2, 64 * codec.group)
+    code = (
+        torch.tensor([[0x00], [0x08]])
+        if codec.bits == 8
+        else torch.tensor([[0, 0xFC], [0x80, 0xFC]])
+    )
+    codes = code.to(torch.uint8).repeat(1, shape[1]).view(2, 64, -1)
+    packed = Packed(codec, shape, codes, {"scale": torch.ones(2, 64)})
+    for batch in (1, 8):
+        with ops.use_isa(isa):
+            y = packed.linear(torch.ones(batch, shape[1]))
+        want = torch.tensor([1.0, -1.0]) * shape[1]
+        assert torch.allclose(y, want.expand(batch, 2), rtol=3e-3)
 
 
 def test_a_weight_is_its_level_times_the_scale():

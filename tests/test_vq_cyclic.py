@@ -8,7 +8,7 @@ import reality_stone as rs
 from reality_stone import Packed, ops, reference
 from reality_stone.codecs.vq_cyclic import codewords
 
-BLOCKS = pytest.mark.parametrize("block", [4, 8, 12, 64])
+BLOCKS = pytest.mark.parametrize("block", [4, 8, 12, 24, 64])
 
 
 def layer(block: int, codes: torch.Tensor) -> Packed:

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "../cpu/fast.h"
 #include "../cpu/loops.h"
 #include "../cpu/widths.h"
 #include "sparse.h"
@@ -135,6 +136,7 @@ std::vector<Term> ultra_terms(const Spec& spec, Shape shape) {
   row.adjoint = adjoint;
   row.encode = encode;
   row.check = check;
+  ultra_fast_slots(row, current_isa());
   std::vector<Term> terms{term};
   if (spec.number("percent", 1) == 0) return terms;
   Term rest = sparse_terms(Spec{"sparse", {{"percent", {percent, {}}}}}, shape).front();

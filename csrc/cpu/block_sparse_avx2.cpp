@@ -1,6 +1,6 @@
-// block_sparse on AVX2: a tile's four values, spread over two registers by a permutation: from a
-// table of 256 for pattern numbers, put together from the four rows of a free mask. A 1 x 8 tile is
-// one register.
+// block_sparse on AVX2: a tile's four values, spread over two registers of two rows each by
+// permutations from tables: of whole pattern numbers, or of the bytes of a free mask. A 1 x 8 tile
+// is one register.
 #include "block_sparse_fast.h"
 
 #if RS_FAST_X86
@@ -8,86 +8,183 @@
 #include <memory>
 
 #include "../codecs/block_sparse.h"
-
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,popcnt")
+#include "lanes_avx2.h"
 
 namespace rs {
 namespace {
 
-// place[p]: which value goes to weight p of the tile; 4 for none.
-struct Places {
-  int8_t place[16];
+// Which value goes to each of the eight weights of two rows; 4 for none.
+struct alignas(8) Places {
+  int8_t at[8];
+};
+constexpr Places places_of(uint32_t bits, int first) {
+  Places p{};
+  for (int j = 0; j < 8; ++j)
+    p.at[j] = static_cast<int8_t>(bits >> j & 1 && first < 4 ? first++ : 4);
+  return p;
+}
+
+struct PatternPlaces {
+  static constexpr int kBytes = 5, kValues = 1;
+  Places places[256][2];
+
+  explicit PatternPlaces(const Layer& layer) {
+    const SquareSparse<false>::Tables tables(layer);
+    for (int i = 0; i < 256; ++i) {
+      const uint32_t mask = tables.masks[i], low = mask & 255;
+      places[i][0] = places_of(low, 0);
+      places[i][1] = places_of(mask >> 8, std::popcount(low));
+    }
+  }
+  RS_INLINE const Places& of(const uint8_t* tile, int half) const { return places[tile[0]][half]; }
 };
 
-// For a row's four bits of a mask and the ones before them, which value goes to each column.
-struct RowPlaces {
-  int8_t place[5][16][4];
-  constexpr RowPlaces() : place() {
-    for (int before = 0; before < 5; ++before)
-      for (int bits = 0; bits < 16; ++bits)
-        for (int j = 0, n = before; j < 4; ++j)
-          place[before][bits][j] = static_cast<int8_t>(bits >> j & 1 && n < 4 ? n++ : 4);
+struct MaskTable {
+  Places places[5][256]{};  // by the ones before the byte, up to four
+  uint8_t ones[256]{};
+  constexpr MaskTable() {
+    for (uint32_t bits = 0; bits < 256; ++bits) {
+      ones[bits] = static_cast<uint8_t>(std::min(std::popcount(bits), 4));
+      for (int before = 0; before < 5; ++before) places[before][bits] = places_of(bits, before);
+    }
+  }
+};
+constexpr MaskTable kMaskTable;
+
+struct MaskPlaces {
+  static constexpr int kBytes = 6, kValues = 2;
+  explicit MaskPlaces(const Layer&) {}
+  RS_INLINE const Places& of(const uint8_t* tile, int half) const {
+    return half ? kMaskTable.places[kMaskTable.ones[tile[0]]][tile[1]]
+                : kMaskTable.places[0][tile[0]];
   }
 };
 
-// place: 16 entries.
-__attribute__((always_inline)) inline void store_tile(const uint8_t* four, __m128i place,
-                                                      __m256 scale, float* w, int64_t in) {
-  int32_t bytes;
-  memcpy(&bytes, four, 4);
-  const __m256 all = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi32_si128(bytes)));
-  // Value 4 is zero.
-  const __m256 values = _mm256_blend_ps(_mm256_setzero_ps(), _mm256_mul_ps(all, scale), 0xF);
-  for (int half = 0; half < 2; ++half, w += 2 * in, place = _mm_srli_si128(place, 8)) {
-    const __m256 two = _mm256_permutevar8x32_ps(values, _mm256_cvtepi8_epi32(place));
-    _mm_storeu_ps(w, _mm256_castps256_ps128(two));
-    _mm_storeu_ps(w + in, _mm256_extractf128_ps(two, 1));
-  }
+// The tile's values, and zeros in lanes 4 to 7.
+template <class Tiles>
+RS_INLINE __m256 four_values(const uint8_t* tile) {
+  const auto bytes = static_cast<int>(load_word(tile + Tiles::kValues));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi32_si128(bytes)));
+}
+RS_INLINE __m256 two_rows(__m256 values, const Places& places) {
+  const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(places.at));
+  return _mm256_permutevar8x32_ps(values, _mm256_cvtepi8_epi32(place));
 }
 
-void square_rows(const uint8_t* tile, const Places* places, float unit, int64_t rows, int64_t n,
-                 float* w) {
-  const __m256 scale = _mm256_set1_ps(unit);
-  const int64_t in = 4 * n;
-  for (int64_t r = 0; r < rows; r += 4, w += 4 * in)
-    for (int64_t c = 0; c < n; ++c, tile += 5)
-      store_tile(tile + 1, _mm_loadu_si128(reinterpret_cast<const __m128i*>(places[tile[0]].place)),
-                 scale, w + 4 * c, in);
-}
-
-void mask_rows(const uint8_t* tile, const RowPlaces& places, float unit, int64_t rows, int64_t n,
-               float* w) {
-  const __m256 scale = _mm256_set1_ps(unit);
-  const int64_t in = 4 * n;
-  for (int64_t r = 0; r < rows; r += 4, w += 4 * in)
-    for (int64_t c = 0; c < n; ++c, tile += 6) {
-      int32_t place[4];
-      for (int i = 0, before = 0; i < 4; ++i) {
-        const int bits = tile[i / 2] >> (4 * (i % 2)) & 15;
-        memcpy(&place[i], places.place[before][bits], 4);
-        before = before + __builtin_popcount(static_cast<unsigned>(bits));
-        before = before < 4 ? before : 4;
+template <class Tiles>
+void decode_square(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const Tiles tiles(layer);
+  const __m256 scale = _mm256_set1_ps(layer.params[0][0]);
+  const int64_t n = layer.tile_cols(), in = layer.in;
+  const uint8_t* tile = layer.codes + row0 / 4 * n * Tiles::kBytes;
+  for (int64_t r = row0; r < row1; r += 4, w += 4 * in)
+    for (int64_t c = 0; c < n; ++c, tile += Tiles::kBytes) {
+      // A zero is +0 whatever the scale.
+      const __m256 values =
+          _mm256_blend_ps(_mm256_setzero_ps(), _mm256_mul_ps(four_values<Tiles>(tile), scale), 0xF);
+      for (int half = 0; half < 2; ++half) {
+        const __m256 two = two_rows(values, tiles.of(tile, half));
+        float* to = w + 2 * half * in + 4 * c;
+        _mm_storeu_ps(to, _mm256_castps256_ps128(two));
+        _mm_storeu_ps(to + in, _mm256_extractf128_ps(two, 1));
       }
-      store_tile(tile + 2, _mm_setr_epi32(place[0], place[1], place[2], place[3]), scale, w + 4 * c,
-                 in);
     }
 }
 
-void row_tiles(const uint8_t* tile, int64_t tiles, float scale, const float (*cosines)[8],
-               float* w) {
-  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  for (; tiles > 0; --tiles, tile += 3, w += 8) {
-    const float size = static_cast<float>(static_cast<int8_t>(tile[1])) * scale;
-    const __m256i kept =
-        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(tile[0]), bits), bits);
-    _mm256_storeu_ps(
-        w, _mm256_and_ps(_mm256_castsi256_ps(kept),
-                         _mm256_mul_ps(_mm256_set1_ps(size), _mm256_loadu_ps(cosines[tile[2]]))));
-  }
+// Rows of x times a row of tiles, halves [Half, Half + Halves) of it.
+template <class Tiles, int B, int Half, int Halves>
+RS_INLINE void square_product(const Tiles& tiles, const Layer& layer, const float* x, int64_t m,
+                              float* y, int64_t row) {
+  constexpr int kSums = B == 1 ? 2 : 1;  // independent, so that additions need not wait
+  const int64_t n = layer.tile_cols();
+  const uint8_t* tile = layer.codes + row / 4 * n * Tiles::kBytes;
+  __m256 total[kSums][Halves][B];
+  for (auto& halves : total)
+    for (auto& sums : halves)
+      for (__m256& sum : sums) sum = _mm256_setzero_ps();
+  const auto add = [&](int i, int64_t c) RS_LAMBDA {
+    const __m256 values = four_values<Tiles>(tile);
+    __m256 w[Halves];
+    for (int h = 0; h < Halves; ++h) w[h] = two_rows(values, tiles.of(tile, Half + h));
+    for (int b = 0; b < B; ++b) {
+      const float* from = x + (b < m ? b : m - 1) * layer.in + 4 * c;
+      const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+      for (int h = 0; h < Halves; ++h) total[i][h][b] = _mm256_fmadd_ps(w[h], v, total[i][h][b]);
+    }
+    tile += Tiles::kBytes;
+  };
+  int64_t c = 0;
+  for (; c + kSums <= n; c += kSums)
+    for (int i = 0; i < kSums; ++i) add(i, c + i);
+  if (c < n) add(0, c);
+  for (int h = 0; h < Halves; ++h)
+    for (int b = 0; b < B; ++b) {
+      for (int i = 1; i < kSums; ++i)
+        total[0][h][b] = _mm256_add_ps(total[0][h][b], total[i][h][b]);
+      __m256 s = _mm256_hadd_ps(total[0][h][b], total[0][h][b]);
+      s = _mm256_hadd_ps(s, s);
+      if (b >= m) continue;
+      float* to = y + b * layer.out + row + 2 * (Half + h);
+      to[0] = _mm256_cvtss_f32(s) * layer.params[0][0];
+      to[1] = _mm_cvtss_f32(_mm256_extractf128_ps(s, 1)) * layer.params[0][0];
+    }
 }
+
+template <class Tiles, int B>
+void square_products(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
+                     int64_t row1) {
+  const Tiles tiles(layer);
+  for (int64_t row = row0; row < row1; row += 4)
+    if constexpr (B <= 4) {
+      square_product<Tiles, B, 0, 2>(tiles, layer, x, m, y, row);
+    } else {  // the sums of one half fill the registers
+      square_product<Tiles, B, 0, 1>(tiles, layer, x, m, y, row);
+      square_product<Tiles, B, 1, 1>(tiles, layer, x, m, y, row);
+    }
+}
+template <class Tiles>
+constexpr FloatKernel kSquareKernels[4] = {square_products<Tiles, 1>, square_products<Tiles, 2>,
+                                           square_products<Tiles, 4>, square_products<Tiles, 8>};
+
+// All bits or none, by a mask's bits.
+struct LaneMasks {
+  alignas(32) uint32_t at[256][8]{};
+  constexpr LaneMasks() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int j = 0; j < 8; ++j) at[mask][j] = mask >> j & 1 ? ~0u : 0u;
+  }
+};
+constexpr LaneMasks kLaneMasks;
+
+struct CosineRows {
+  const Layer& layer;
+  const float (*cosines)[8];
+  float sizes[256];  // of a base
+
+  explicit CosineRows(const Layer& layer) : layer(layer) {
+    const RowSparse::Tables tables(layer);
+    cosines = tables.cosine.at;
+    for (int base = 0; base < 256; ++base)
+      sizes[base] = static_cast<float>(static_cast<int8_t>(base)) * tables.scale;
+  }
+  template <class Visit>
+  RS_INLINE void each(int64_t row, Visit visit) const {
+    const uint8_t* tile = layer.codes + row * layer.tile_cols() * 3;
+    const auto one = [&](int i, int64_t j) RS_LAMBDA {
+      const __m256 w =
+          _mm256_mul_ps(_mm256_broadcast_ss(sizes + tile[1]), _mm256_loadu_ps(cosines[tile[2]]));
+      const auto* kept = reinterpret_cast<const float*>(kLaneMasks.at[tile[0]]);
+      visit(i, j, _mm256_and_ps(w, _mm256_load_ps(kept)), 8);
+      tile += 3;
+    };
+    int64_t j = 0;
+    for (; j + 32 <= layer.in; j += 32) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) one(i, j + 8 * i);
+    }
+    for (; j < layer.in; j += 8) one(0, j);
+  }
+};
 
 }  // namespace
 }  // namespace rs
@@ -97,36 +194,27 @@ void row_tiles(const uint8_t* tile, int64_t tiles, float scale, const float (*co
 namespace rs {
 namespace {
 
-void decode_square(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  const SquareSparse<false>::Tables tables(layer);
-  const auto places = std::make_unique<Places[]>(256);
-  for (int m = 0; m < 256; ++m) {
-    int8_t n = 0;
-    for (int p = 0; p < 16; ++p) places[m].place[p] = tables.masks[m] >> p & 1 ? n++ : int8_t{4};
-  }
-  const int64_t n = layer.tile_cols();
-  square_rows(layer.codes + row0 / 4 * n * 5, places.get(), tables.scale, row1 - row0, n, w);
+template <class Tiles>
+void square_linear(const Layer& layer, const float* x, int64_t m, float* y) {
+  float_linear(layer, x, m, y, kSquareKernels<Tiles>);
 }
 
-void decode_mask16(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  static constexpr RowPlaces kPlaces;
-  const int64_t n = layer.tile_cols();
-  mask_rows(layer.codes + row0 / 4 * n * 6, kPlaces, layer.params[0][0], row1 - row0, n, w);
-}
-
-void decode_row(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  const RowSparse::Tables tables(layer);
-  const int64_t n = layer.tile_cols();
-  row_tiles(layer.codes + row0 * n * 3, (row1 - row0) * n, tables.scale, tables.cosine.at, w);
+template <class Tiles>
+void fill_square(Row& row) {
+  row.decode = decode_square<Tiles>;
+  row.adjoint = block_sparse_adjoint<decode_square<Tiles>>;
+  if (current_isa() != Isa::avx2) return;
+  row.linear = square_linear<Tiles>;
+  row.linear_max_m = kMaxBatch;
 }
 
 }  // namespace
 
 void block_sparse_avx2_slots(Row& row, bool square, bool mask16) {
-  row.decode = !square ? decode_row : mask16 ? decode_mask16 : decode_square;
-  row.adjoint = !square  ? block_sparse_adjoint<decode_row>
-                : mask16 ? block_sparse_adjoint<decode_mask16>
-                         : block_sparse_adjoint<decode_square>;
+  if (square) return mask16 ? fill_square<MaskPlaces>(row) : fill_square<PatternPlaces>(row);
+  row.decode = decode_rows<CosineRows>;
+  row.adjoint = block_sparse_adjoint<decode_rows<CosineRows>>;
+  if (current_isa() == Isa::avx2) fill_float_products<CosineRows>(row);
 }
 
 }  // namespace rs

@@ -30,10 +30,12 @@ void trellis_decode_avx2_slots(Row& row, int k);
 void trellis_avx512_slots(Row& row, int k);
 void trellis_adjoint_avx2_slots(Row& row, int k);
 void trellis_adjoint_avx512_slots(Row& row, int k);
+void ultra_avx2_slots(Row& row);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_decode_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_adjoint_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
+void vq_cyclic_avx2_slots(Row& row, int64_t block);
 void vq_cyclic_avx512_slots(Row& row, int64_t block);
 
 // These fill what an instruction set has; AVX-512 over AVX2.
@@ -70,6 +72,11 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
   if (isa >= Isa::avx512) trellis_adjoint_avx512_slots(row, k);
 #endif
 }
+inline void ultra_fast_slots(Row& row, Isa isa) {
+#if RS_FAST_X86
+  if (isa == Isa::avx2) ultra_avx2_slots(row);
+#endif
+}
 inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
 #if RS_FAST_X86
   if (isa >= Isa::avx2) uniform_avx2_slots(row, bits, symmetric, group);
@@ -80,6 +87,7 @@ inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group
 }
 inline void vq_cyclic_fast_slots(Row& row, int64_t block, Isa isa) {
 #if RS_FAST_X86
+  if (isa == Isa::avx2) vq_cyclic_avx2_slots(row, block);
   if (isa >= Isa::avx512) vq_cyclic_avx512_slots(row, block);
 #endif
 }

@@ -97,7 +97,8 @@ using FloatKernel = void (*)(const Layer&, const float* x, int64_t m, float* y, 
 
 inline void float_linear(const Layer& layer, const float* x, int64_t m, float* y,
                          const FloatKernel (&kernels)[4]) {
-  const int64_t grain = row_grain(layer.out, layer.in);
+  const int64_t rows = layer.tile.rows,
+                grain = row_grain(layer.tile_rows(), layer.in * rows) * rows;
   for (int64_t b = 0; b < m; b += kMaxBatch) {
     const int64_t batch = std::min<int64_t>(kMaxBatch, m - b);
     const FloatKernel kernel = kernels[std::bit_width(static_cast<uint64_t>(batch - 1))];

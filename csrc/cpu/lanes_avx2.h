@@ -19,27 +19,40 @@ RS_INLINE __m256i load_words(const uint32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
+RS_INLINE uint32_t load_word(const uint8_t* p) {
+  uint32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return word;
+}
+
 // The first `count` lanes, of 8.
 RS_INLINE __m256i first_of_eight(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+RS_INLINE float sum_lanes(__m256 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
   if (count == 8) return _mm256_storeu_ps(w, x);
   _mm256_maskstore_ps(w, first_of_eight(count), x);
 }
 
-// Rows of x times decoded rows. Rows::each(layer, row, visit) calls visit(i, j, w, count) for the
-// `count`, at most 8, weights from column j on, with a constant i that rises by one or more.
+// Rows of x times decoded rows. Rows(layer) makes what all rows share;
+// each(row, visit) calls visit(i, j, w, count) for the `count`, at most 8, weights from column j
+// on, with a constant i that rises by one or more.
 template <class Rows, int B>
 void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
                    int64_t row1) {
   constexpr int kSums = B == 1 ? 4 : 1;  // independent, so that additions need not wait
+  const Rows rows(layer);
   for (int64_t row = row0; row < row1; ++row) {
     __m256 total[kSums][B];
     for (auto& sums : total)
       for (__m256& sum : sums) sum = _mm256_setzero_ps();
-    Rows::each(layer, row, [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
+    rows.each(row, [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
       for (int b = 0; b < B; ++b) {
         const float* from = x + (b < m ? b : m - 1) * layer.in + j;
         __m256& sum = total[i % kSums][b];
@@ -50,10 +63,7 @@ void float_product(const Layer& layer, const float* x, int64_t m, float* y, int6
     });
     for (int b = 0; b < B; ++b) {
       for (int i = 1; i < kSums; ++i) total[0][b] = _mm256_add_ps(total[0][b], total[i][b]);
-      __m128 s =
-          _mm_add_ps(_mm256_castps256_ps128(total[0][b]), _mm256_extractf128_ps(total[0][b], 1));
-      s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-      if (b < m) y[b * layer.out + row] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+      if (b < m) y[b * layer.out + row] = sum_lanes(total[0][b]);
     }
   }
 }
@@ -63,23 +73,28 @@ constexpr FloatKernel kFloatKernels[4] = {float_product<Rows, 1>, float_product<
 
 template <class Rows>
 void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
+  const Rows rows(layer);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    Rows::each(layer, row, [&](int, int64_t j, __m256 value, int64_t count) RS_LAMBDA {
-      store_some(w + j, value, count);
-    });
+    rows.each(row, [&](int, int64_t j, __m256 value, int64_t count)
+                       RS_LAMBDA { store_some(w + j, value, count); });
 }
 
-// Products in float32 for batches up to kMaxBatch, and decode, of a codec's rows.
+// Products in float32 for batches up to kMaxBatch, of a codec's rows.
 template <class Rows>
-void fill_float_slots(Row& row) {
-  row.decode = decode_rows<Rows>;
+void fill_float_products(Row& row) {
   row.linear = [](const Layer& layer, const float* x, int64_t m, float* y) {
     float_linear(layer, x, m, y, kFloatKernels<Rows>);
   };
   row.linear_max_m = kMaxBatch;
 }
+// And decode.
+template <class Rows>
+void fill_float_slots(Row& row) {
+  row.decode = decode_rows<Rows>;
+  fill_float_products<Rows>(row);
+}
 
-// Up to sixteen floats to look up by the low bits of a code: 3 for 8 of them, 4 for 16.
+// Up to sixteen floats to look up by the low bits of a code: 2 for 4 of them, 3 for 8, 4 for 16.
 template <int Entries>
 struct FloatTable {
   __m256 low, high;
@@ -88,19 +103,55 @@ struct FloatTable {
     if constexpr (Entries >= 8) {
       low = _mm256_loadu_ps(values);
       high = _mm256_loadu_ps(values + Entries - 8);
+    } else if constexpr (Entries == 4) {
+      low = high = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values));
     } else {
-      float at[8];
-      for (int i = 0; i < 8; ++i) at[i] = values[i % Entries];
-      low = high = _mm256_loadu_ps(at);
+      low = high = _mm256_setr_ps(values[0], values[1], values[0], values[1], values[0], values[1],
+                                  values[0], values[1]);
     }
   }
   RS_INLINE __m256 operator()(__m256i code) const {
+    if constexpr (Entries <= 4) return _mm256_permutevar_ps(low, code);
     const __m256 first = _mm256_permutevar8x32_ps(low, code);
     if constexpr (Entries <= 8) return first;
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
     return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, code), upper);
   }
 };
+
+// Vectors of weights that codes stand for.
+template <int N, int Width>
+struct VectorTable {
+  alignas(32) float at[N][Width];
+};
+
+// Two vectors of four, at these bytes of a table.
+RS_INLINE __m256 two_vectors(const void* table, uint32_t first, uint32_t second) {
+  const auto* at = static_cast<const uint8_t*>(table);
+  return _mm256_insertf128_ps(
+      _mm256_castps128_ps256(_mm_load_ps(reinterpret_cast<const float*>(at + first))),
+      _mm_load_ps(reinterpret_cast<const float*>(at + second)), 1);
+}
+
+// Rows of tiles of four codes of ten bits, a vector of four weights each.
+template <class Visit>
+RS_INLINE void ten_bit_vectors(const Layer& layer, int64_t row, const VectorTable<1024, 4>& table,
+                               Visit visit) {
+  constexpr uint32_t kMask = 1023 * 16;
+  const uint8_t* tile = layer.codes + row * layer.tile_cols() * 5;
+  const auto one = [&](int i, int64_t j) RS_LAMBDA {
+    const uint32_t low = load_word(tile);
+    uint16_t high;
+    __builtin_memcpy(&high, tile + 3, sizeof high);
+    visit(i, j, two_vectors(table.at, low << 4 & kMask, low >> 6 & kMask), 8);
+    visit(i + 1, j + 8,
+          two_vectors(table.at, low >> 16 & kMask, static_cast<uint32_t>(high) >> 2 & kMask), 8);
+    tile += 5;
+  };
+  int64_t j = 0;
+  for (; j + 32 <= layer.in; j += 32) one(0, j), one(2, j + 16);
+  if (j < layer.in) one(0, j);
+}
 
 }  // namespace
 }  // namespace rs

@@ -35,25 +35,28 @@ template <int Bits>
 struct DenseCodes {
   static constexpr int kEntries = 1 << Bits;
 
+  // Of the n codes and what follows them `size` bytes may be read.
   template <class Visit>
   RS_INLINE static void each(const uint8_t* codes, int64_t size, int64_t n, const float* book,
                              Visit visit) {
     const FloatTable<kEntries> table(book);
     const __m256i shift =
         _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
-    const auto eight = [&](const uint8_t* from, int64_t bytes) RS_LAMBDA {
-      uint32_t word = 0;
-      std::memcpy(&word, from, static_cast<size_t>(bytes));
-      return table(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift));
+    const auto eight = [&](const uint8_t* from) RS_LAMBDA {
+      const auto word = static_cast<int>(load_word(from));
+      return table(_mm256_srlv_epi32(_mm256_set1_epi32(word), shift));
     };
     int64_t j = 0;
-    // Four bytes are read for eight codes: all of them must be there.
+    // Four bytes are read for eight codes.
     for (; j + 32 <= n && size >= 3 * Bits + 4; j += 32, codes += 4 * Bits, size -= 4 * Bits) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) visit(i, j + 8 * i, eight(codes + i * Bits, 4), 8);
+      for (int i = 0; i < 4; ++i) visit(i, j + 8 * i, eight(codes + i * Bits), 8);
     }
-    for (; j < n; j += 8, codes += Bits, size -= Bits)
-      visit(0, j, eight(codes, std::min<int64_t>(size, 4)), std::min<int64_t>(n - j, 8));
+    for (; j < n; j += 8, codes += Bits, size -= Bits) {
+      uint8_t last[4] = {};
+      for (int64_t i = 0; size < 4 && i < size; ++i) last[i] = codes[i];
+      visit(0, j, eight(size < 4 ? last : codes), std::min<int64_t>(n - j, 8));
+    }
   }
 };
 
@@ -76,46 +79,52 @@ struct WordCodes {
     }
     if (j == n) return;
     uint8_t last[32] = {};
-    std::memcpy(last, codes, static_cast<size_t>(size));
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(last));
+    if (size < 32) std::memcpy(last, codes, static_cast<size_t>(size));
+    const __m256i words =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(size < 32 ? last : codes));
     for (int i = 0; j < n; ++i, j += 8) visit(0, j, eight(words, i), std::min<int64_t>(n - j, 8));
-  }
-};
-
-// Pairs of weights as they lie in the codebook, four at a time.
-struct PairRows {
-  template <class Visit>
-  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
-    const float* book = layer.params[0];
-    const uint8_t* codes = layer.codes + row * layer.tile_cols() * 5;
-    const auto pair = [&](uint64_t bits, int k) RS_LAMBDA {
-      return _mm_castpd_ps(_mm_loadl_pd(
-          _mm_setzero_pd(), reinterpret_cast<const double*>(book + 2 * ((bits >> (5 * k)) & 31))));
-    };
-    const auto two = [&](uint64_t bits, int k)
-                         RS_LAMBDA { return _mm_movelh_ps(pair(bits, k), pair(bits, k + 1)); };
-    for (int64_t j = 0; j < layer.in; j += 16, codes += 5) {
-      uint32_t low;
-      std::memcpy(&low, codes, 4);
-      const uint64_t bits = static_cast<uint64_t>(codes[4]) << 32 | low;
-      visit(0, j, _mm256_set_m128(two(bits, 2), two(bits, 0)), 8);
-      visit(1, j + 8, _mm256_set_m128(two(bits, 6), two(bits, 4)), 8);
-    }
   }
 };
 
 // A row is one run of codes when all of it has one codebook.
 template <class Codes, bool Grouped>
 struct PaletteRows {
+  const Layer& layer;
+  RS_INLINE explicit PaletteRows(const Layer& layer) : layer(layer) {}
+
   template <class Visit>
-  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+  RS_INLINE void each(int64_t row, Visit visit) const {
     const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
     const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
-    for (int64_t run = 0; run < runs; ++run)
-      Codes::each(layer.codes + (row * runs + run) * size, size, cols,
-                  layer.params[0] + (Grouped ? (row * runs + run) * Codes::kEntries : 0),
-                  [&](int i, int64_t j, __m256 w, int64_t count)
-                      RS_LAMBDA { visit(i, run * cols + j, w, count); });
+    const uint8_t* codes = layer.codes + row * runs * size;
+    const float* book = layer.params[0] + (Grouped ? row * runs * Codes::kEntries : 0);
+    int64_t rest = (layer.out - row) * runs * size;
+    for (int64_t j = 0; j < layer.in; j += cols, codes += size, rest -= size) {
+      Codes::each(codes, rest, cols, book,
+                  [&](int i, int64_t k, __m256 w, int64_t count)
+                      RS_LAMBDA { visit(i, j + k, w, count); });
+      book += Grouped ? Codes::kEntries : 0;
+    }
+  }
+};
+
+// Pairs of weights, two at a time: the codebook's pairs by two codes.
+struct PairRows {
+  const Layer& layer;
+  VectorTable<32 * 32, 4> pairs;
+
+  explicit PairRows(const Layer& layer) : layer(layer) {
+    const float* book = layer.params[0];
+    for (int second = 0; second < 32; ++second)
+      for (int first = 0; first < 32; ++first) {
+        float* to = pairs.at[32 * second + first];
+        std::memcpy(to, book + 2 * first, 8);
+        std::memcpy(to + 2, book + 2 * second, 8);
+      }
+  }
+  template <class Visit>
+  RS_INLINE void each(int64_t row, Visit visit) const {
+    ten_bit_vectors(layer, row, pairs, visit);
   }
 };
 
