@@ -133,23 +133,6 @@ void check_padding(const Layer& layer, int64_t tile, int bits) {
     throw std::invalid_argument("the padding bits after a group must be zero");
 }
 
-template <int Bits, bool Symmetric>
-void fill(Row& row, int64_t group, Isa isa) {
-  using Codec = Uniform<Bits, Symmetric>;
-  row.decode = decode_loop<Codec>;
-  row.adjoint = adjoint<Bits, Symmetric>;
-  row.encode = encode<Bits, Symmetric>;
-  row.check = [](const Layer& layer, int64_t tile) { check_padding(layer, tile, Bits); };
-  uniform_fast_slots(row, Bits, Symmetric, group, isa);
-}
-
-template <int Bits>
-void choose(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {
-  if (bits == Bits)
-    return symmetric ? fill<Bits, true>(row, group, isa) : fill<Bits, false>(row, group, isa);
-  if constexpr (Bits < 8) choose<Bits + 1>(row, bits, symmetric, group, isa);
-}
-
 }  // namespace
 
 std::vector<Term> uniform_terms(const Spec& spec, Shape shape) {
@@ -171,7 +154,13 @@ std::vector<Term> uniform_terms(const Spec& spec, Shape shape) {
   row.params.push_back({"scale", Axis::both, sizes});
   if (!symmetric) row.params.push_back({"zero", Axis::both, sizes});
   row.encode_batch = std::max<int64_t>(1, 4096 / group);
-  choose<2>(row, static_cast<int>(bits), symmetric, group, current_isa());
+  with_uniform(static_cast<int>(bits), symmetric, [&]<int Bits, bool Symmetric> {
+    row.decode = decode_loop<Uniform<Bits, Symmetric>>;
+    row.adjoint = adjoint<Bits, Symmetric>;
+    row.encode = encode<Bits, Symmetric>;
+    row.check = [](const Layer& layer, int64_t tile) { check_padding(layer, tile, Bits); };
+  });
+  uniform_fast_slots(row, static_cast<int>(bits), symmetric, group, current_isa());
   return {term};
 }
 

@@ -51,6 +51,15 @@ struct Uniform {
   }
 };
 
+// Calls visit.template operator()<Bits, Symmetric>() for the setting.
+template <int Bits = 2, class Visit>
+void with_uniform(int bits, bool symmetric, Visit&& visit) {
+  if (bits == Bits)
+    return symmetric ? visit.template operator()<Bits, true>()
+                     : visit.template operator()<Bits, false>();
+  if constexpr (Bits < 8) with_uniform<Bits + 1>(bits, symmetric, visit);
+}
+
 // spec: uniform(bits=4, group=64, symmetric=False)
 std::vector<Term> uniform_terms(const Spec& spec, Shape shape);
 

@@ -93,13 +93,7 @@ void add_tiles(const Layer& layer, int64_t row0, int64_t row1, const float* dw, 
 namespace rs {
 
 void trellis_adjoint_avx512_slots(Row& row, int k) {
-  with_trellis_bits(k, [&]<int K> {
-    row.adjoint = [](const Layer& layer, int64_t row0, int64_t row1, const float* dw,
-                     float* const* grads) {
-      fold_histograms<K>(layer, grads,
-                         [&](Histograms& sums) { add_tiles<K>(layer, row0, row1, dw, sums); });
-    };
-  });
+  with_trellis_bits(k, [&]<int K> { row.adjoint = histogram_adjoint<K, add_tiles<K>>; });
 }
 
 }  // namespace rs

@@ -42,11 +42,12 @@ RS_FLAT void add_group(const Additions<Offset>& additions, Histograms& sums) {
     add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);
 }
 
-// The gradients of the params, from sums that `add_tiles(sums)` makes.
-template <int K, class AddTiles>
-void fold_histograms(const Layer& layer, float* const* grads, AddTiles&& add_tiles) {
+// The adjoint slot, from sums that `add_tiles` makes.
+template <int K, auto add_tiles>
+void histogram_adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw,
+                       float* const* grads) {
   const auto sums = std::make_unique<Histograms>();
-  add_tiles(*sums);
+  add_tiles(layer, row0, row1, dw, *sums);
   double all[Trellis<K>::kSums] = {};
   for (const auto& histogram : sums->at)
     for (int i = 0; i < 1024; ++i) all[i] += histogram[i][0], all[1024 + i] += histogram[i][1];

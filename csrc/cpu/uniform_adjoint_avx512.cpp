@@ -3,6 +3,7 @@
 #include "fast.h"
 
 #if RS_FAST_X86
+#include "../codecs/uniform.h"
 #include "uniform_unpack.h"
 
 #include "avx512.h"
@@ -51,16 +52,12 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
   sum_groups<Bits>(layer, Symmetric, row0, row1, dw, grads[0], Symmetric ? nullptr : grads[1]);
 }
 
-template <int Bits>
-void choose(Row& row, int bits, bool symmetric) {
-  if (bits == Bits) row.adjoint = symmetric ? adjoint<Bits, true> : adjoint<Bits, false>;
-  if constexpr (Bits < 8) choose<Bits + 1>(row, bits, symmetric);
-}
-
 }  // namespace
 
 void uniform_adjoint_avx512_slots(Row& row, int bits, bool symmetric, int64_t group) {
-  if (group % 32 == 0) choose<2>(row, bits, symmetric);
+  if (group % 32 != 0) return;
+  with_uniform(bits, symmetric,
+               [&]<int Bits, bool Symmetric> { row.adjoint = adjoint<Bits, Symmetric>; });
 }
 
 }  // namespace rs

@@ -196,25 +196,17 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   }
 }
 
-template <int Bits>
-void fill(Row& row, bool symmetric) {
-  row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
-  row.linear_max_m = 3 * kMaxBatch;  // then panels are about as fast
-  row.linear_type = "integer codes, 16-bit activations per row";
-}
-
 }  // namespace
 
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group) {
   if (group % 32 != 0) return;
-  switch (bits) {
-    case 2:
-      return fill<2>(row, symmetric);
-    case 4:
-      return fill<4>(row, symmetric);
-    case 8:
-      return fill<8>(row, symmetric);
-  }
+  with_uniform(bits, symmetric, [&]<int Bits, bool Symmetric> {
+    if constexpr (16 % Bits == 0) {
+      row.linear = linear<Bits, Symmetric>;
+      row.linear_max_m = 3 * kMaxBatch;  // then panels are about as fast
+      row.linear_type = "integer codes, 16-bit activations per row";
+    }
+  });
 }
 
 }  // namespace rs

@@ -233,36 +233,18 @@ void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
   decode_rows<Bits>(layer, Symmetric, row0, row1, w);
 }
 
-template <int Bits>
-void fill(Row& row, bool symmetric) {
-  row.decode = symmetric ? decode<Bits, true, float> : decode<Bits, false, float>;
-  row.decode_bf16 = symmetric ? decode<Bits, true, uint16_t> : decode<Bits, false, uint16_t>;
-  row.linear = symmetric ? linear<Bits, true> : linear<Bits, false>;
-  row.linear_int8 = symmetric ? linear_int8<Bits, true> : linear_int8<Bits, false>;
-  row.linear_max_m = std::numeric_limits<int64_t>::max();
-  row.linear_type = "integer codes, 16-bit activations per row";
-}
-
 }  // namespace
 
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group) {
   if (group % 32 != 0) return;
-  switch (bits) {
-    case 2:
-      return fill<2>(row, symmetric);
-    case 3:
-      return fill<3>(row, symmetric);
-    case 4:
-      return fill<4>(row, symmetric);
-    case 5:
-      return fill<5>(row, symmetric);
-    case 6:
-      return fill<6>(row, symmetric);
-    case 7:
-      return fill<7>(row, symmetric);
-    case 8:
-      return fill<8>(row, symmetric);
-  }
+  with_uniform(bits, symmetric, [&]<int Bits, bool Symmetric> {
+    row.decode = decode<Bits, Symmetric, float>;
+    row.decode_bf16 = decode<Bits, Symmetric, uint16_t>;
+    row.linear = linear<Bits, Symmetric>;
+    row.linear_int8 = linear_int8<Bits, Symmetric>;
+    row.linear_max_m = std::numeric_limits<int64_t>::max();
+    row.linear_type = "integer codes, 16-bit activations per row";
+  });
 }
 
 }  // namespace rs

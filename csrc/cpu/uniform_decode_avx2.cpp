@@ -91,38 +91,14 @@ void decode_rows(const Layer& layer, bool symmetric, int64_t row0, int64_t row1,
 #pragma GCC pop_options
 
 namespace rs {
-namespace {
-
-template <int Bits, bool Symmetric>
-void decode(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  decode_rows<Bits>(layer, Symmetric, row0, row1, w);
-}
-
-template <int Bits>
-void fill(Row& row, bool symmetric) {
-  row.decode = symmetric ? decode<Bits, true> : decode<Bits, false>;
-}
-
-}  // namespace
 
 void uniform_decode_avx2_slots(Row& row, int bits, bool symmetric, int64_t group) {
   if (group % 8 != 0) return;
-  switch (bits) {
-    case 2:
-      return fill<2>(row, symmetric);
-    case 3:
-      return fill<3>(row, symmetric);
-    case 4:
-      return fill<4>(row, symmetric);
-    case 5:
-      return fill<5>(row, symmetric);
-    case 6:
-      return fill<6>(row, symmetric);
-    case 7:
-      return fill<7>(row, symmetric);
-    case 8:
-      return fill<8>(row, symmetric);
-  }
+  with_uniform(bits, symmetric, [&]<int Bits, bool Symmetric> {
+    row.decode = [](const Layer& layer, int64_t row0, int64_t row1, float* w) {
+      decode_rows<Bits>(layer, Symmetric, row0, row1, w);
+    };
+  });
 }
 
 }  // namespace rs
