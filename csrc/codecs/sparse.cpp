@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
+#include <cstring>
 #include <numeric>
 
 #include "../cpu/half.h"
+#include "../cpu/integers.h"
 #include "../cpu/parallel.h"
+#include "../cpu/widths.h"
 #include "../hd.h"
 
 namespace rs {
@@ -28,20 +30,52 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
         0, 1, [&](int64_t c, float v) { grads[0][r] += v * dw[(r - row0) * layer.in + c]; });
 }
 
-// Any batch: x is turned once so that an entry touches m neighbours.
+float row_dot(const SparseEntries& entries, const float* x) {
+  float sum = 0;
+  entries.each(0, 1, [&](int64_t c, float v) { sum += v * x[c]; });
+  return sum;
+}
+
+// A row's product with kLanes rows of x, whose values of a column are neighbours.
+constexpr int kLanes = 16;
+template <int L>
+RS_FLAT void row_dots(const SparseEntries& entries, const float* turned, float* sums) {
+  Wide<float, kLanes, L> sum = {};
+  entries.each(0, 1, [&](int64_t c, float v) RS_LAMBDA {
+    sum.add(*reinterpret_cast<const Wide<float, kLanes, L>*>(turned + c * kLanes), v);
+  });
+  std::memcpy(sums, &sum, sizeof sum);
+}
+
+// Rows of x by sixteens: values of a column side by side, zeros behind the last row.
+Lines<float> turned_rows(const float* x, int64_t m, int64_t in) {
+  const int64_t blocks = (m + kLanes - 1) / kLanes;
+  Lines<float> turned(blocks * in * kLanes);
+  parallel_for(blocks * in, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at)
+      for (int64_t b = at / in * kLanes, lane = 0; lane < kLanes; ++lane)
+        turned.get()[at * kLanes + lane] = b + lane < m ? x[(b + lane) * in + at % in] : 0.0f;
+  });
+  return turned;
+}
+
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  auto turned = std::make_unique<float[]>(static_cast<size_t>(layer.in * m));
-  for (int64_t b = 0; b < m; ++b)
-    for (int64_t c = 0; c < layer.in; ++c) turned[c * m + b] = x[b * layer.in + c];
+  const float* scale = layer.params[0];
+  if (m == 1)
+    return parallel_for(layer.out, 64, [&](int64_t row0, int64_t row1) {
+      for (int64_t r = row0; r < row1; ++r) y[r] = row_dot(SparseEntries(layer, r), x) * scale[r];
+    });
+  const Lines<float> turned = turned_rows(x, m, layer.in);
   parallel_for(layer.out, 64, [&](int64_t row0, int64_t row1) {
-    auto sum = std::make_unique<float[]>(static_cast<size_t>(m));
-    for (int64_t r = row0; r < row1; ++r) {
-      std::fill(sum.get(), sum.get() + m, 0.0f);
-      SparseEntries(layer, r).each(0, 1, [&](int64_t c, float v) {
-        for (int64_t b = 0; b < m; ++b) sum[b] += v * turned[c * m + b];
+    for (int64_t b = 0; b < m; b += kLanes)
+      by_width([&]<int L>() RS_LAMBDA {
+        for (int64_t r = row0; r < row1; ++r) {
+          float sums[kLanes];
+          row_dots<L>(SparseEntries(layer, r), turned.get() + b * layer.in, sums);
+          for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, m - b); ++lane)
+            y[(b + lane) * layer.out + r] = sums[lane] * scale[r];
+        }
       });
-      for (int64_t b = 0; b < m; ++b) y[b * layer.out + r] = sum[b] * layer.params[0][r];
-    }
   });
 }
 
