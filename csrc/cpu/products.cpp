@@ -129,7 +129,8 @@ at::Tensor term_linear(const Row& row, const Layer& layer, Shape shape, const at
   } else {
     Panels panels(row, layer, product_panel(m));
     panels.each([&](int64_t r, int64_t n, const at::Tensor& panel) {
-      y.narrow(1, r, n).copy_(at::mm(inside, panel.t()));
+      at::Tensor part = y.narrow(1, r, n);
+      at::mm_out(part, inside, panel.t());
     });
   }
   return through_frame(y, shape.out, shape.out, nullptr, row.out_block, param(layer, row.out_scale),
