@@ -53,8 +53,8 @@ Lines<float> turned_rows(const float* x, int64_t m, int64_t in) {
   Lines<float> turned(blocks * in * kLanes);
   parallel_for(blocks * in, 256, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at)
-      for (int64_t b = at / in * kLanes, lane = 0; lane < kLanes; ++lane)
-        turned.get()[at * kLanes + lane] = b + lane < m ? x[(b + lane) * in + at % in] : 0.0f;
+      for (int64_t b = at / in * kLanes, lane = 0; lane < std::min<int64_t>(kLanes, m - b); ++lane)
+        turned[at * kLanes + lane] = x[(b + lane) * in + at % in];
   });
   return turned;
 }

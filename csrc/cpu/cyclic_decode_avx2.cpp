@@ -4,15 +4,10 @@
 #include "fast.h"
 
 #if RS_FAST_X86
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "lanes_avx2.h"
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
 
 RS_INLINE __m256i field(__m256i words, int shift, int top) {
   return _mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi32(top));

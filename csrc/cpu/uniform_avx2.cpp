@@ -8,15 +8,10 @@
 #include "parallel.h"
 #include "uniform_integers.h"
 
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "lanes_avx2.h"
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
 
 struct Product {
   const Layer& layer;
@@ -65,12 +60,6 @@ template <int B>
 RS_INLINE void flush(const __m256i* acc, __m256 scales, __m256* total) {
   for (int b = 0; b < B; ++b)
     total[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[b]), scales, total[b]);
-}
-
-RS_INLINE float sum_lanes(__m256 x) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 // Rows row, row + 1, ... below `end`, of which the last fills up the kRows.

@@ -5,15 +5,10 @@
 #if RS_FAST_X86
 #include "../codecs/uniform.h"
 
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "lanes_avx2.h"
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
 
 // For each lane, the two bytes of 64 bits that hold its code and the code's place in them; up to
 // four bits, the place in 32.
@@ -66,8 +61,7 @@ void decode_rows(const Layer& layer, bool symmetric, int64_t row0, int64_t row1,
   constexpr int kStray = kRead<Bits> - Bits;
   const int64_t n = layer.tile_cols(), group = layer.tile.cols;
   const uint8_t* codes = layer.codes + row0 * n * layer.tile.bytes;
-  const auto levels = [&](const uint8_t* p, __m256 zero,
-                          __m256 scale) __attribute__((always_inline)) {
+  const auto levels = [&](const uint8_t* p, __m256 zero, __m256 scale) RS_LAMBDA {
     return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(unpack<Bits>(p)), zero), scale);
   };
   for (int64_t tile = row0 * n; tile < row1 * n; ++tile) {
