@@ -10,7 +10,7 @@ flags="-std=c++20 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -DRS_SANITIZE
 
 # Everything but the binding: a file that includes a torch header is not part of it.
 sources=$(find csrc -name '*.cpp' -not -path 'csrc/cuda/*' | sort |
-  xargs grep -L -E 'bind\.h|<(ATen|torch|pybind11)/' )
+  xargs grep -L -E 'bind\.h|qat_linear\.h|<(ATen|torch|pybind11)/' )
 for source in $sources tests/cpp/sanitize.cpp; do
   echo "$source $out/$(echo "$source" | tr / _).o"
 done | xargs -P "${JOBS:-2}" -L 1 sh -c "${CXX:-c++} $(echo $flags) -c \"\$0\" -o \"\$1\""
