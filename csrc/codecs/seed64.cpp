@@ -1,11 +1,10 @@
 #include "seed64.h"
 
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "../cpu/clones.h"
-#include "../cpu/dots.h"
-#include "../cpu/parallel.h"
 #include "../cpu/widths.h"
 
 namespace rs {
@@ -137,26 +136,6 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
   grads[0][0] += static_cast<float>(total);
 }
 
-// Each row of a block sees x through the same row of the pattern: those products are taken once,
-// [i][tile] for every i, and a block then costs one multiply-add a row.
-void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  const int64_t side = layer.tile.rows, n = layer.tile_cols();
-  const SeedPattern& pattern = SeedPattern::get();
-  std::vector<float> seen(static_cast<size_t>(m * side * n));
-  parallel_for(m * side, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t bi = begin; bi < end; ++bi)
-      dots(x + bi / side * layer.in, n, pattern.row(bi % side), 1, side, seen.data() + bi * n, n);
-  });
-  parallel_for(layer.out, side, [&](int64_t row0, int64_t row1) {
-    std::vector<float> p(static_cast<size_t>(n));
-    for (int64_t r = row0; r < row1; r += side) {
-      seed_factors(layer.codes + r / side * n * 8, n, layer.params[0][0], p.data());
-      for (int64_t b = 0; b < m; ++b)
-        dots(seen.data() + b * side * n, side, p.data(), 1, n, y + b * layer.out + r, side);
-    }
-  });
-}
-
 void check_tree(const Layer& layer, int64_t tile) {
   const uint8_t* tree = layer.codes + tile * layer.tile.bytes;
   const int64_t seeds = (layer.tile.bytes - kTreeBytes) / 8;
@@ -205,10 +184,12 @@ std::vector<Term> seed64_terms(const Spec& spec, Shape) {
   row.encode_batch = side ? std::max<int64_t>(1, 4096 / (side * side)) : 1;
   if (side) {
     row.decode = decode_blocks;
-    row.linear = linear;
-    row.linear_max_m = 64;
+    row.linear = seed64_linear;
+    row.linear_max_m = 2 * side * side;  // then panels are about as fast
   } else {
     row.decode = decode_trees;
+    row.linear = seed64_tree_linear;
+    row.linear_max_m = std::numeric_limits<int64_t>::max();
     row.check = check_tree;
   }
   return {term};

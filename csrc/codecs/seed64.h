@@ -98,6 +98,10 @@ void seed_blocks(const Layer& layer, int64_t row0, int64_t row1, Visit&& visit) 
 // spec: seed64(block=8, fit=closed|adam, seeds=64, bound=0.5)
 std::vector<Term> seed64_terms(const Spec& spec, Shape shape);
 
+// Products of blocks and of trees.
+void seed64_linear(const Layer& layer, const float* x, int64_t m, float* y);
+void seed64_tree_linear(const Layer& layer, const float* x, int64_t m, float* y);
+
 // The encoder of blocks, and of trees for block=0.
 void seed64_encode(const Layer& layer, const float* w, const EncodeOptions& options, int64_t tile0,
                    int64_t tile1, uint8_t* codes, float* const* params);
