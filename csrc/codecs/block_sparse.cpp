@@ -32,7 +32,7 @@ struct Energies {
 // For each lane the mask that keeps most energy, the first of equals. `ones` lists those of each
 // mask, what it lacks as 16.
 template <int L>
-RS_FLAT void best_masks(const Energies& energy, const uint8_t (*ones)[4], int32_t* index) {
+RS_INLINE void best_masks(const Energies& energy, const uint8_t (*ones)[4], int32_t* index) {
   for (int first = 0; first < kLanes; first += L) {
     VectorOf<float, L> best = at<float, L>(energy.of[16] + first) - 1;
     VectorOf<int32_t, L> found = {};
@@ -144,7 +144,7 @@ constexpr uint8_t kSort[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}
 // Phases 0 to 127: half a turn more is the other sign of the size. `largest` bounds |size|.
 // Lanes `first` to first + L - 1.
 template <int L>
-RS_FLAT void search_phases(RowSearch& s, int first, const float (*cosines)[8], float largest) {
+RS_INLINE void search_phases(RowSearch& s, int first, const float (*cosines)[8], float largest) {
   using Floats = VectorOf<float, L>;
   using Ints = VectorOf<int32_t, L>;
   Floats w[8], h[8], found_size = {}, found_gain = {};

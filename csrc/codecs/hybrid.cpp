@@ -41,8 +41,8 @@ namespace {
 constexpr int64_t kLanes = kHybridLanes;
 
 template <int L>
-RS_FLAT void smooth(const HybridTables& tables, const float* c, const float* t, float* w,
-                    int64_t stride) {
+RS_INLINE void smooth(const HybridTables& tables, const float* c, const float* t, float* w,
+                      int64_t stride) {
   const int64_t side = tables.side, plane = side * side, width = hybrid_width(side);
   const float* b = tables.smooth.get();
   for (int64_t i = 0; i < side; ++i, b += side, w += stride) {
@@ -63,7 +63,7 @@ RS_FLAT void smooth(const HybridTables& tables, const float* c, const float* t, 
 }
 
 template <int L>
-RS_FLAT void waves(const HybridTables& tables, float* g) {
+RS_INLINE void waves(const HybridTables& tables, float* g) {
   using Floats = VectorOf<float, L>;
   constexpr int kSums = 8;  // in registers
   const int64_t side = tables.side, width = hybrid_width(side);
@@ -103,7 +103,7 @@ RS_FLAT void waves(const HybridTables& tables, float* g) {
 
 // half_value of `count` words, a multiple of kLanes.
 template <int L>
-RS_FLAT void half_values(const uint8_t* words, int64_t count, float* values) {
+RS_INLINE void half_values(const uint8_t* words, int64_t count, float* values) {
   using Floats = VectorOf<float, L>;
   using Bits = VectorOf<uint32_t, L>;
   for (int64_t e = 0; e < count; e += L) {
@@ -205,7 +205,7 @@ using Doubles = Wide<double, kEight, L>;
 // What one block of x, or eight side by side, look like to every tile below them:
 // wave[v] = sum_j D[v][j] x[j] and smooth[k][i] = sum_j b[k](i,j) x[j], `lanes` of each.
 template <int L>
-RS_FLAT void see(const HybridTables& tables, int64_t lanes, const double* x, double* seen) {
+RS_INLINE void see(const HybridTables& tables, int64_t lanes, const double* x, double* seen) {
   const int64_t side = tables.side;
   const auto* eight = reinterpret_cast<const Doubles<L>*>(x);
   for (int64_t row = 0; row < side + kSmooth * side; ++row) {
@@ -229,16 +229,17 @@ RS_FLAT void see(const HybridTables& tables, int64_t lanes, const double* x, dou
   }
 }
 
-RS_FLAT void add(double& sum, double a, double factor) { sum += a * factor; }
+RS_INLINE void add(double& sum, double a, double factor) { sum += a * factor; }
 template <int L>
-RS_FLAT void add(Doubles<L>& sum, const Doubles<L>& a, double factor) {
+RS_INLINE void add(Doubles<L>& sum, const Doubles<L>& a, double factor) {
   sum.add(a, factor);
 }
 
 // Adds a tile's smooth part to y and its terms to sums by frequency, of which there are four in
 // turns so that neighbours do not wait for each other. T: a double or eight.
 template <class T>
-RS_FLAT void meet(const Unpacked& tile, int64_t side, const double* seen, double* sums, double* y) {
+RS_INLINE void meet(const Unpacked& tile, int64_t side, const double* seen, double* sums,
+                    double* y) {
   const float* c = tile.coefficient.data();
   const auto *wave = reinterpret_cast<const T*>(seen), *smooth = wave + side;
   auto *total = reinterpret_cast<T*>(y), *frequency = reinterpret_cast<T*>(sums);
@@ -257,7 +258,7 @@ RS_FLAT void meet(const Unpacked& tile, int64_t side, const double* seen, double
 }
 
 template <class T>
-RS_FLAT void add_transform(const HybridTables& tables, const double* sums, double* y) {
+RS_INLINE void add_transform(const HybridTables& tables, const double* sums, double* y) {
   const int64_t side = tables.side;
   const auto* at = reinterpret_cast<const T*>(sums);
   auto* total = reinterpret_cast<T*>(y);

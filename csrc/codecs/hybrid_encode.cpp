@@ -17,7 +17,7 @@ constexpr int64_t kLanes = 16;
 
 // c = a b, all n x n, n a multiple of 8.
 template <int L>
-RS_FLAT void product(const float* a, const float* b, int64_t n, float* c) {
+RS_INLINE void product(const float* a, const float* b, int64_t n, float* c) {
   for (int64_t i = 0; i < n; i += 8)
     for (int64_t j = 0; j < n; j += L) {
       VectorOf<float, L> sum[8] = {};

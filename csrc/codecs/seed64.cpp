@@ -25,7 +25,7 @@ namespace {
 
 // p * scale of `n` words, a multiple of 8: seed_value lane by lane.
 template <int L>
-RS_FLAT void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
+RS_INLINE void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
   constexpr int kLanes = L / 2;
   using Doubles = VectorOf<double, kLanes>;
   using Words = VectorOf<int64_t, kLanes>;
@@ -71,7 +71,7 @@ void seed_factors(const uint8_t* words, int64_t n, float scale, float* p) {
 
 // Rows of blocks of B: w[j] = p[j / B] * m[j mod B].
 template <int B, int L>
-RS_FLAT void fill_row(const float* p, int64_t n, const float* m, float* w) {
+RS_INLINE void fill_row(const float* p, int64_t n, const float* m, float* w) {
   int64_t t = 0;
   if constexpr (L > B) {  // more than one block a vector
     VectorOf<float, L> pattern;

@@ -45,7 +45,7 @@ RS_CLONES void spread(const Waves& waves, const float* sums, int64_t stride, int
 
 // p * scale of `n` words, a multiple of 16, in float32: within 3e-7 of scale.
 template <int L>
-RS_FLAT void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
+RS_INLINE void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
   using Floats = VectorOf<float, L>;
   using Ints = VectorOf<int32_t, L>;
   using Words = VectorOf<uint32_t, L>;

@@ -39,7 +39,7 @@ float row_dot(const SparseEntries& entries, const float* x) {
 // A row's product with kLanes rows of x, whose values of a column are neighbours.
 constexpr int kLanes = 16;
 template <int L>
-RS_FLAT void row_dots(const SparseEntries& entries, const float* turned, float* sums) {
+RS_INLINE void row_dots(const SparseEntries& entries, const float* turned, float* sums) {
   Wide<float, kLanes, L> sum = {};
   entries.each(0, 1, [&](int64_t c, float v) RS_LAMBDA {
     sum.add(*reinterpret_cast<const Wide<float, kLanes, L>*>(turned + c * kLanes), v);

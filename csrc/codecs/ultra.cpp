@@ -34,12 +34,12 @@ struct Best {
   Ints first{};
 
   // Candidates k to k + L - 1. The first of equal costs stays.
-  RS_FLAT void offer(const Floats& other, int32_t k) {
+  RS_INLINE void offer(const Floats& other, int32_t k) {
     const Ints better = other < cost;
     cost = better ? other : cost;
     first = better ? k + Ints{} : first;
   }
-  RS_FLAT int index() const {
+  RS_INLINE int index() const {
     int found = 0;
     for (int lane = 1; lane < L; ++lane)
       if (cost[lane] < cost[found] || (cost[lane] == cost[found] && first[lane] < first[found]))
@@ -50,7 +50,7 @@ struct Best {
 
 // The vector with the least |w - c|^2; only |c|^2 - 2 w c differs between vectors.
 template <int L>
-RS_FLAT int nearest(const Columns& columns, const float* w) {
+RS_INLINE int nearest(const Columns& columns, const float* w) {
   Best<L> best;
   for (int k = 0; k < Ultra::kVectors; k += L) {
     VectorOf<float, L> cost = at<float, L>(columns.square + k);
@@ -62,7 +62,7 @@ RS_FLAT int nearest(const Columns& columns, const float* w) {
 
 // The same with the sum of h (w - c)^2.
 template <int L>
-RS_FLAT int nearest_weighted(const Columns& columns, const float* w, const float* h) {
+RS_INLINE int nearest_weighted(const Columns& columns, const float* w, const float* h) {
   Best<L> best;
   for (int k = 0; k < Ultra::kVectors; k += L) {
     VectorOf<float, L> cost{};

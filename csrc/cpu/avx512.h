@@ -5,9 +5,8 @@
 
 #include <immintrin.h>
 
+#include "inline.h"
 #include "integers.h"
-
-#define RS_INLINE __attribute__((always_inline)) inline
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns inside its own intrinsics
 #pragma GCC push_options

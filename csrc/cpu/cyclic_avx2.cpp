@@ -2,6 +2,7 @@
 // products added by vpmaddwd.
 #include "cyclic_product.h"
 #include "fast.h"
+#include "inline.h"
 #include "integers.h"
 
 #if RS_FAST_X86
@@ -15,9 +16,6 @@
 
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
-#define RS_LAMBDA __attribute__((always_inline))
 
 RS_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 

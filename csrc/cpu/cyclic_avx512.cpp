@@ -6,8 +6,6 @@
 #if RS_FAST_X86
 #include "avx512.h"
 
-#define RS_LAMBDA __attribute__((always_inline))
-
 namespace rs {
 namespace {
 

@@ -11,7 +11,7 @@ constexpr int kLanes = 16;  // partial sums of a product, in registers of L
 
 // R rows of w with M of x: R * M sums stay in registers, each loaded vector is used M or R times.
 template <int L, int R, int M>
-RS_FLAT void block(const float* w, const float* x, int64_t n, float* y, int64_t stride) {
+RS_INLINE void block(const float* w, const float* x, int64_t n, float* y, int64_t stride) {
   constexpr int V = kLanes / L;
   VectorOf<float, L> sum[R][M][V] = {};
   int64_t j = 0;
@@ -39,8 +39,8 @@ RS_FLAT void block(const float* w, const float* x, int64_t n, float* y, int64_t 
 
 // All rows of w with M of x, R at a time.
 template <int L, int R, int M>
-RS_FLAT void strip(const float* w, int64_t rows, const float* x, int64_t n, float* y,
-                   int64_t stride) {
+RS_INLINE void strip(const float* w, int64_t rows, const float* x, int64_t n, float* y,
+                     int64_t stride) {
   int64_t i = 0;
   for (; i + R <= rows; i += R) block<L, R, M>(w + i * n, x, n, y + i, stride);
   for (; i < rows; ++i) block<L, 1, M>(w + i * n, x, n, y + i, stride);
@@ -48,8 +48,8 @@ RS_FLAT void strip(const float* w, int64_t rows, const float* x, int64_t n, floa
 
 // V vectors of columns of M rows of dx stay in registers while the rows of w pass by.
 template <int L, int M, int V>
-RS_FLAT void columns(const float* w, int64_t rows, const float* dy, int64_t stride, int64_t n,
-                     float* dx) {
+RS_INLINE void columns(const float* w, int64_t rows, const float* dy, int64_t stride, int64_t n,
+                       float* dx) {
   VectorOf<float, L> sum[M][V];
 #pragma GCC unroll 4
   for (int b = 0; b < M; ++b)
@@ -71,8 +71,8 @@ RS_FLAT void columns(const float* w, int64_t rows, const float* dy, int64_t stri
 }
 
 template <int L, int M, int V>
-RS_FLAT void add_to(const float* w, int64_t rows, const float* dy, int64_t stride, int64_t n,
-                    float* dx) {
+RS_INLINE void add_to(const float* w, int64_t rows, const float* dy, int64_t stride, int64_t n,
+                      float* dx) {
   int64_t j = 0;
   for (; j + V * L <= n; j += V * L) columns<L, M, V>(w + j, rows, dy, stride, n, dx + j);
   for (; j + L <= n; j += L) columns<L, M, 1>(w + j, rows, dy, stride, n, dx + j);

@@ -15,8 +15,6 @@ using Lanes = float __attribute__((vector_size(64)));
 using Words = int32_t __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16, kLargest = 128;
 
-#define RS_INLINE __attribute__((always_inline)) inline
-
 // The stages that join vectors: of N vectors, those h = 1, 2, 4, ... apart.
 template <int N>
 RS_INLINE void join(Lanes* v) {

@@ -45,7 +45,7 @@ constexpr int kLanes = 16;  // partial sums in a fixed order on any machine
 
 // `count` values; the other lanes are zero.
 template <int L>
-RS_FLAT void load(const float* x, int64_t count, Wide<float, kLanes, L>& v) {
+RS_INLINE void load(const float* x, int64_t count, Wide<float, kLanes, L>& v) {
   v = {};
   std::memcpy(&v, x, static_cast<size_t>(count) * sizeof(float));
 }
@@ -53,8 +53,8 @@ RS_FLAT void load(const float* x, int64_t count, Wide<float, kLanes, L>& v) {
 // `count` values of one row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into
 // dLoss/dp, adds to the lanes of dLoss/dso.
 template <int L>
-RS_FLAT void scale_lanes(const float* p, float* d, int64_t count, float so, const float* si,
-                         float* dsi, Wide<float, kLanes, L>& sum) {
+RS_INLINE void scale_lanes(const float* p, float* d, int64_t count, float so, const float* si,
+                           float* dsi, Wide<float, kLanes, L>& sum) {
   const size_t bytes = static_cast<size_t>(count) * sizeof(float);
   Wide<float, kLanes, L> dp, product;
   load<L>(d, count, dp);
@@ -76,8 +76,8 @@ RS_FLAT void scale_lanes(const float* p, float* d, int64_t count, float so, cons
 
 // Rows of p and d, `apart`; null scales are ones and have no gradients.
 template <int L>
-RS_FLAT void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
-                             const float* so, float* dso, const float* si, float* dsi) {
+RS_INLINE void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
+                               const float* so, float* dso, const float* si, float* dsi) {
   for (int64_t i = 0; i < rows; ++i, p += apart, d += apart) {
     const float scale = so ? so[i] : 1.0f;
     Wide<float, kLanes, L> sum = {};

@@ -4,10 +4,8 @@
 
 #include <immintrin.h>
 
+#include "inline.h"
 #include "lanes.h"
-
-#define RS_INLINE __attribute__((always_inline)) inline
-#define RS_LAMBDA __attribute__((always_inline))
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

@@ -12,8 +12,6 @@
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns inside its own intrinsics
 
-#define RS_LAMBDA __attribute__((always_inline))
-
 namespace rs {
 namespace {
 

@@ -27,7 +27,7 @@ struct alignas(64) Additions {
   float pair[32][2];
 };
 
-RS_FLAT void add_pair(Histograms& sums, int histogram, uint32_t offset, const float* pair) {
+RS_INLINE void add_pair(Histograms& sums, int histogram, uint32_t offset, const float* pair) {
   auto* at = reinterpret_cast<__m128i*>(reinterpret_cast<char*>(sums.at[histogram]) + offset);
   const __m128 sum =
       _mm_add_ps(_mm_castsi128_ps(_mm_loadl_epi64(at)),
@@ -36,7 +36,7 @@ RS_FLAT void add_pair(Histograms& sums, int histogram, uint32_t offset, const fl
 }
 
 template <class Offset>
-RS_FLAT void add_group(const Additions<Offset>& additions, Histograms& sums) {
+RS_INLINE void add_group(const Additions<Offset>& additions, Histograms& sums) {
 #pragma GCC unroll 4
   for (int n = 0; n < 32; ++n)
     add_pair(sums, n % kHistograms, additions.offset[n], additions.pair[n]);

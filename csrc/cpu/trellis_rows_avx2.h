@@ -5,10 +5,10 @@
 // weights in two registers.
 #pragma once
 
+#include "inline.h"
+
 namespace rs {
 namespace {
-
-#define RS_INLINE __attribute__((always_inline)) inline
 
 // A row starts on byte K * row of the ring. Its windows by a byte shuffle of the 16 bytes around it
 // and a shift to the left, for rows that start on an even byte and on an odd one.

@@ -7,10 +7,6 @@
 #include "clones.h"
 #include "fast.h"
 
-#ifndef RS_LAMBDA
-#define RS_LAMBDA __attribute__((always_inline))
-#endif
-
 namespace rs {
 
 template <class T, int L>
@@ -22,11 +18,11 @@ struct Vector {
 template <class T, int L>
 using VectorOf = typename Vector<T, L>::type;
 template <class T, int L>
-RS_FLAT const typename Vector<T, L>::stored& at(const T* p) {
+RS_INLINE const typename Vector<T, L>::stored& at(const T* p) {
   return *reinterpret_cast<const typename Vector<T, L>::stored*>(p);
 }
 template <class T, int L>
-RS_FLAT typename Vector<T, L>::stored& at(T* p) {
+RS_INLINE typename Vector<T, L>::stored& at(T* p) {
   return *reinterpret_cast<typename Vector<T, L>::stored*>(p);
 }
 
@@ -37,27 +33,27 @@ struct Wide {
                        kCount = N / kLanes;
   VectorOf<T, kLanes> v[kCount];
 
-  RS_FLAT void operator+=(const Wide& other) {
+  RS_INLINE void operator+=(const Wide& other) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) v[i] += other.v[i];
   }
-  RS_FLAT void operator*=(const Wide& other) {
+  RS_INLINE void operator*=(const Wide& other) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) v[i] *= other.v[i];
   }
-  RS_FLAT void operator*=(T factor) {
+  RS_INLINE void operator*=(T factor) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) v[i] *= factor;
   }
   // += a * factor, in two roundings.
-  RS_FLAT void add(const Wide& a, T factor) {
+  RS_INLINE void add(const Wide& a, T factor) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) v[i] += a.v[i] * factor;
   }
 };
 
 // Of sixteen partial sums, by halves.
-RS_FLAT float sum_lanes(const void* sixteen) {
+RS_INLINE float sum_lanes(const void* sixteen) {
   float lanes[16];
   __builtin_memcpy(lanes, sixteen, sizeof lanes);
   for (int half = 8; half; half /= 2)
