@@ -12,8 +12,9 @@
 #include "integers.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 
+#define RS_FMA
 #include "bitfield_loops.h"
 
 #pragma GCC pop_options

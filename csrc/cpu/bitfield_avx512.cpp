@@ -14,7 +14,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 
-#define RS_BMI2_FMA
+#define RS_BMI2
+#define RS_FMA
 #include "bitfield_loops.h"
 
 #pragma GCC pop_options

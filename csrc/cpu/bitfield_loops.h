@@ -1,10 +1,11 @@
 // Decode and direct product of bitfield codes, plain C++: each file that includes this compiles it
-// for its own instruction set, after its `#pragma GCC target` if it has one. With RS_BMI2_FMA it
-// uses those two.
+// for its own instruction set, after its `#pragma GCC target` if it has one. With RS_BMI2 and
+// RS_FMA it uses those.
 //
-// Product: dots[code][index][b] = <x_b, basis[index]> once per block of x, then each code costs a
-// table entry, a dot and a multiply-add, all float32. Dots of a strip of codes stay in the first
-// cache while a group of rows passes; the table mostly hits the second.
+// Product: of one row of x with blocks of up to 8 weights, code by code; else dots[code][index][b]
+// = <x_b, basis[index]> once per block of x, then each code costs a table entry, a dot and a
+// multiply-add, all float32. Dots of a strip of codes stay in the first cache while a group of rows
+// passes; the table mostly hits the second.
 #pragma once
 
 #include "../codecs/bitfield.h"
@@ -29,8 +30,8 @@ struct Unpacked {
 
 // The bits of `mask`, whose two runs are 10 and 4 bits long (or 12 and 4), side by side.
 template <uint64_t mask, int low, int gap>
-RS_FLAT uint64_t extract(uint64_t word) {
-#if defined(RS_BMI2_FMA)
+RS_INLINE uint64_t extract(uint64_t word) {
+#if defined(RS_BMI2)
   return _pext_u64(word, mask);
 #else
   constexpr int shift = std::countr_zero(mask);
@@ -39,16 +40,28 @@ RS_FLAT uint64_t extract(uint64_t word) {
 #endif
 }
 
-RS_FLAT float multiply_add(float a, float b, float sum) {
-#if defined(RS_BMI2_FMA)
-  return __builtin_fmaf(a, b, sum);
+// sum += a * b, of floats or vectors.
+RS_INLINE void add_product(float& sum, float a, float b) {
+#if defined(RS_FMA)
+  sum = __builtin_fmaf(a, b, sum);
 #else
-  return sum + a * b;
+  sum += a * b;
+#endif
+}
+template <class V>
+RS_INLINE void add_product(V& sum, V a, V b) {
+#if defined(RS_FMA)
+  if constexpr (sizeof(V) == 16)
+    sum = _mm_fmadd_ps(a, b, sum);
+  else
+    sum = _mm256_fmadd_ps(a, b, sum);
+#else
+  sum += a * b;
 #endif
 }
 
 template <class Codec>
-RS_FLAT Unpacked<Codec> unpack(const uint8_t* tile) {
+RS_INLINE Unpacked<Codec> unpack(const uint8_t* tile) {
   Unpacked<Codec> u;
   if constexpr (Codec::kCodes == 4) {
     uint64_t low, high;  // codes 0 and 1, codes 2 and 3
@@ -76,8 +89,8 @@ RS_FLAT Unpacked<Codec> unpack(const uint8_t* tile) {
 }
 
 template <class Codec>
-RS_FLAT float factor(const uint8_t* tile, const Unpacked<Codec>& u, int k, const float* table,
-                     const float* cosine) {
+RS_INLINE float factor(const uint8_t* tile, const Unpacked<Codec>& u, int k, const float* table,
+                       const float* cosine) {
   if constexpr (Codec::kWidth)
     return Codec::interpolate(Codec::stored_fraction(tile, k), static_cast<uint32_t>(u.entry[k]),
                               table);
@@ -85,8 +98,8 @@ RS_FLAT float factor(const uint8_t* tile, const Unpacked<Codec>& u, int k, const
   return table[u.entry[k]];
 }
 
-RS_FLAT void put_weight(float* w, float value) { *w = value; }
-RS_FLAT void put_weight(uint16_t* w, float value) { *w = to_bf16(value); }
+RS_INLINE void put_weight(float* w, float value) { *w = value; }
+RS_INLINE void put_weight(uint16_t* w, float value) { *w = to_bf16(value); }
 
 template <class Codec, int Block, class T>
 void decode_blocks(const Layer& layer, const typename Codec::Tables& tables, int64_t row0,
@@ -119,8 +132,8 @@ struct Side<1> {
 
 // sums[b] += the products of n tiles with their dots.
 template <class Codec, int B>
-RS_FLAT void add_strip(const uint8_t* tile, int64_t n, const float* table, const float* cosine,
-                       const float* dot, float* sums) {
+RS_INLINE void add_strip(const uint8_t* tile, int64_t n, const float* table, const float* cosine,
+                         const float* dot, float* sums) {
   constexpr int kLanes = B == 1 ? 4 : 2;
   using Vector = typename Side<B>::Vector;
   using Stored = typename Side<B>::Stored;
@@ -133,13 +146,49 @@ RS_FLAT void add_strip(const uint8_t* tile, int64_t n, const float* table, const
       const float* d = dot + (k * kBasis + u.index[k]) * B;
       Vector& lane = lanes[(t * Codec::kCodes + k) % kLanes];
       if constexpr (B == 1)
-        lane = multiply_add(f, *d, lane);
+        add_product(lane, f, *d);
       else
         lane += f * *reinterpret_cast<const Stored*>(d);
     }
   }
   for (int i = 1; i < kLanes; ++i) lanes[0] += lanes[i];
   *reinterpret_cast<Stored*>(sums) += lanes[0];
+}
+
+// y[r] for rows [row0, row1) of one row of x, without dots: short blocks take about as many
+// operations so, and leave the first cache to the table.
+template <class Codec, int Block>
+void multiply_one(const Layer& layer, const typename Codec::Tables& tables, const float* x,
+                  int64_t row0, int64_t row1, float* y) {
+  constexpr int kTiles = 4 / Codec::kCodes;
+  using Vector = typename Side<Block>::Vector;
+  using Stored = typename Side<Block>::Stored;
+  const float *table = tables.value, *cosine = tables.cosine, *basis = tables.basis;
+  const int64_t tiles = layer.tile_cols();
+  const uint8_t* tile = layer.codes + row0 * tiles * Codec::kBytes;
+  for (int64_t row = row0; row < row1; ++row) {
+    Vector sums[4] = {};  // independent, so that additions need not wait
+    const float* from = x;
+    const auto add_tile = [&](int i) RS_LAMBDA {
+      const Unpacked<Codec> u = unpack<Codec>(tile);
+#pragma GCC unroll 4
+      for (int k = 0; k < Codec::kCodes; ++k, from += Block) {
+        const Vector f = factor<Codec>(tile, u, k, table, cosine) - Vector{};
+        const Vector b = *reinterpret_cast<const Stored*>(basis + u.index[k] * Block);
+        add_product(sums[(i + k) % 4], f, b * *reinterpret_cast<const Stored*>(from));
+      }
+      tile += Codec::kBytes;
+    };
+    int64_t t = 0;
+    for (; t + kTiles <= tiles; t += kTiles)
+#pragma GCC unroll 4
+      for (int i = 0; i < kTiles; ++i) add_tile(i);
+    for (; t < tiles; ++t) add_tile(0);
+    const Vector sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float total = 0;
+    for (int i = 0; i < Block; ++i) total += sum[i];
+    y[row] = total;
+  }
 }
 
 // y[b * out + r] for rows [row0, row1) and b < m, from the dots of B >= m rows of x.
@@ -174,21 +223,21 @@ void multiply_rows(const Layer& layer, const typename Codec::Tables& tables, con
 }
 
 // dots of codes [code0, code1) with one row of x; the basis is turned to (block, 256).
-RS_FLAT void fill_dots_of_one(const float* x, const float* turned, int64_t block, int64_t code0,
-                              int64_t code1, float* dots) {
+RS_INLINE void fill_dots_of_one(const float* x, const float* turned, int64_t block, int64_t code0,
+                                int64_t code1, float* dots) {
   for (int64_t c = code0; c < code1; ++c) {
     float sums[kBasis] = {};
     for (int64_t j = 0; j < block; ++j)
       for (int k = 0; k < kBasis; ++k)
-        sums[k] = multiply_add(x[c * block + j], turned[j * kBasis + k], sums[k]);
+        add_product(sums[k], x[c * block + j], turned[j * kBasis + k]);
     for (int k = 0; k < kBasis; ++k) dots[c * kBasis + k] = sums[k];
   }
 }
 
 // The same with m <= B rows of x (m, in), side by side; the basis is (256, block).
 template <int B>
-RS_FLAT void fill_dots_of_side(const float* x, int64_t in, int64_t m, const float* basis,
-                               int64_t block, int64_t code0, int64_t code1, float* dots) {
+RS_INLINE void fill_dots_of_side(const float* x, int64_t in, int64_t m, const float* basis,
+                                 int64_t block, int64_t code0, int64_t code1, float* dots) {
   using Vector = typename Side<B>::Vector;
   using Stored = typename Side<B>::Stored;
   const Lines<float> side(block * B);

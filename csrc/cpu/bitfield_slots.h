@@ -14,9 +14,22 @@ void decode_slot(const Layer& layer, int64_t row0, int64_t row1, T* w) {
   decode_blocks<Codec, Block, T>(layer, tables, row0, row1, w);
 }
 
+template <class Codec, int Block>
+bool linear_of_one(const Layer& layer, const typename Codec::Tables& tables, const float* x,
+                   float* y) {
+  if (layer.tile.cols != Block * Codec::kCodes) return false;
+  parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
+    multiply_one<Codec, Block>(layer, tables, x, begin, end, y);
+  });
+  return true;
+}
+
 template <class Codec>
 void linear_slot(const Layer& layer, const float* x, int64_t m, float* y) {
   const typename Codec::Tables tables(layer);
+  if (m == 1 && (linear_of_one<Codec, 4>(layer, tables, x, y) ||
+                 linear_of_one<Codec, 8>(layer, tables, x, y)))
+    return;
   const int64_t codes = layer.tile_cols() * Codec::kCodes, block = layer.in / codes;
   const int64_t most = m == 1 ? 1 : m <= 4 ? 4 : kMaxBatch;
   // Whole cache lines, not set to zero: that would take as long as the dots.
