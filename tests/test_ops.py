@@ -354,7 +354,8 @@ def test_the_reference_has_the_derivative_of_its_own_decode(codec):
         w = reference.decode(packed.codes, params, packed.codec.spec, packed.shape)
         return x @ w.t()
 
-    assert torch.autograd.gradcheck(product, (x, *params))
+    # Along random directions: some tables have thousands of entries.
+    assert torch.autograd.gradcheck(product, (x, *params), fast_mode=True)
 
 
 @DEFAULTS
