@@ -7,77 +7,91 @@
 
 #include "clones.h"
 #include "half.h"
+#include "widths.h"
 
 namespace rs {
 namespace {
 
-using Lanes = float __attribute__((vector_size(64)));
-using Words = int32_t __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16, kLargest = 128;
+constexpr int64_t kLargest = 128;
+constexpr int kMost = 8;  // vectors in registers from the first stage to the last
+
+template <int L>
+using Floats = VectorOf<float, L>;
 
 // The stages that join vectors: of N vectors, those h = 1, 2, 4, ... apart.
-template <int N>
-RS_INLINE void join(Lanes* v) {
+template <int N, class V>
+RS_INLINE void join(V* v) {
 #pragma GCC unroll 4
   for (int h = 1; h < N; h *= 2)
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
       if (!(i & h)) {
-        const Lanes sum = v[i] + v[i + h], difference = v[i] - v[i + h];
+        const V sum = v[i] + v[i + h], difference = v[i] - v[i + h];
         v[i] = sum;
         v[i + h] = difference;
       }
 }
 
-// A product by +-1 is exact, and so is its sum in one rounding.
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")
-
-// A stage inside a vector: lane i becomes v[i] + v[i^h], or v[i^h] - v[i] where i has bit h.
-RS_INLINE void turn(Lanes& v, const Words& across, const Lanes& sign) {
-  v = __builtin_shuffle(v, across) + v * sign;
+// A stage inside a vector: lane i becomes v[i] + v[i^h], or v[i^h] - v[i] where i has bit h. A
+// product by +-1 is exact, and so is its sum in one rounding.
+template <int L, int h>
+RS_INLINE void turn(Floats<L>& v) {
+  VectorOf<int32_t, L> across;
+  Floats<L> sign;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) across[i] = i ^ h, sign[i] = i & h ? -1.0f : 1.0f;
+  const Floats<L> other = __builtin_shuffle(v, across);
+#if RS_FAST_X86
+  if constexpr (L >= 8)
+    asm("vfmadd213ps %2, %1, %0" : "+v"(v) : "v"(sign), "v"(other));
+  else
+#endif
+    v = other + v * sign;
 }
 
-template <int N>
+// N vectors.
+template <int L, int N>
 RS_INLINE void transform_run(const float* from, float* to, float norm) {
-  constexpr float m = -1;
-  Lanes v[N];
-  std::memcpy(v, from, sizeof v);
+  Floats<L> v[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    turn(v[i], Words{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
-         Lanes{1, m, 1, m, 1, m, 1, m, 1, m, 1, m, 1, m, 1, m});
-    turn(v[i], Words{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
-         Lanes{1, 1, m, m, 1, 1, m, m, 1, 1, m, m, 1, 1, m, m});
-    turn(v[i], Words{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
-         Lanes{1, 1, 1, 1, m, m, m, m, 1, 1, 1, 1, m, m, m, m});
-    turn(v[i], Words{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
-         Lanes{1, 1, 1, 1, 1, 1, 1, 1, m, m, m, m, m, m, m, m});
+    v[i] = at<float, L>(from + i * L);
+    turn<L, 1>(v[i]);
+    turn<L, 2>(v[i]);
+    if constexpr (L > 4) turn<L, 4>(v[i]);
+    if constexpr (L > 8) turn<L, 8>(v[i]);
   }
   join<N>(v);
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) v[i] = v[i] * norm;
-  std::memcpy(to, v, sizeof v);
+  for (int i = 0; i < N; ++i) at<float, L>(to + i * L) = v[i] * norm;
 }
 
-// Runs of 16 to 128 values, each in registers from the first stage to the last.
-RS_CLONES void transform_runs(const float* from, int64_t from_stride, float* to, int64_t to_stride,
-                              int64_t rows, int64_t n, int64_t block, float norm) {
-  for (; rows; --rows, from += from_stride, to += to_stride)
-    for (int64_t i = 0; i < n; i += block) {
-      if (block == 128) transform_run<8>(from + i, to + i, norm);
-      if (block == 64) transform_run<4>(from + i, to + i, norm);
-      if (block == 32) transform_run<2>(from + i, to + i, norm);
-      if (block == 16) transform_run<1>(from + i, to + i, norm);
-    }
+// A block of 16 to 128 values: in runs of up to kMost vectors, then the stages that join runs.
+template <int L>
+RS_INLINE void transform_block(const float* from, float* to, int64_t block, float norm) {
+  const int64_t run = std::min<int64_t>(block, kMost * L);
+  const float first = run == block ? norm : 1.0f;
+  for (int64_t i = 0; i < block; i += run) {
+    if (run == 8 * L) transform_run<L, 8>(from + i, to + i, first);
+    if (run == 4 * L) transform_run<L, 4>(from + i, to + i, first);
+    if (run == 2 * L) transform_run<L, 2>(from + i, to + i, first);
+    if (run == L) transform_run<L, 1>(from + i, to + i, first);
+  }
+  for (int64_t h = run; h < block; h *= 2) {
+    const float last = 2 * h == block ? norm : 1.0f;
+    for (int64_t i = 0; i < block; i += 2 * h)
+      for (int64_t j = i; j < i + h; j += L) {
+        const Floats<L> a = at<float, L>(to + j), b = at<float, L>(to + j + h);
+        at<float, L>(to + j) = (a + b) * last;
+        at<float, L>(to + j + h) = (a - b) * last;
+      }
+  }
 }
-
-#pragma GCC pop_options
 
 // Runs of 2 to 8 values.
 void transform_short_runs(const float* from, float* to, int64_t count, int64_t block, float norm) {
   for (int64_t at = 0; at < count; at += block) {
-    float run[kLanes];
+    float run[8];
     std::copy(from + at, from + at + block, run);
     for (int64_t h = 1; h < block; h *= 2)
       for (int64_t i = 0; i < block; i += 2 * h)
@@ -90,35 +104,47 @@ void transform_short_runs(const float* from, float* to, int64_t count, int64_t b
   }
 }
 
-// All stages of N rows at each of `count` places, `next` apart: rows are `apart` apart.
-template <int N>
+// All stages of N rows of L columns at each of `count` places, `next` apart: rows are `apart`
+// apart.
+template <int L, int N>
 RS_INLINE void pass(const float* from, int64_t from_apart, int64_t from_next, float* to,
                     int64_t to_apart, int64_t to_next, int64_t count, float norm) {
   for (; count; --count, from += from_next, to += to_next) {
-    Lanes v[N];
+    Floats<L> v[N];
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) std::memcpy(&v[i], from + i * from_apart, sizeof v[i]);
+    for (int i = 0; i < N; ++i) v[i] = at<float, L>(from + i * from_apart);
     join<N>(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      v[i] = v[i] * norm;
-      std::memcpy(to + i * to_apart, &v[i], sizeof v[i]);
-    }
+    for (int i = 0; i < N; ++i) at<float, L>(to + i * to_apart) = v[i] * norm;
   }
 }
 
-// Sixteen columns of `block` rows, `stride` apart: up to 16 neighbouring rows at a time, then those
-// 16 apart. In between they lie close together, in the first-level cache.
-RS_CLONES void transform_columns(float* x, int64_t stride, int64_t block, float norm) {
-  if (block == 2) return pass<2>(x, stride, 0, x, stride, 0, 1, norm);
-  if (block == 4) return pass<4>(x, stride, 0, x, stride, 0, 1, norm);
-  if (block == 8) return pass<8>(x, stride, 0, x, stride, 0, 1, norm);
-  if (block == 16) return pass<16>(x, stride, 0, x, stride, 0, 1, norm);
-  alignas(64) float close[kLargest * kLanes];
-  pass<16>(x, stride, 16 * stride, close, kLanes, 16 * kLanes, block / 16, 1.0f);
-  if (block == 32) pass<2>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
-  if (block == 64) pass<4>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
-  if (block == 128) pass<8>(close, 16 * kLanes, kLanes, x, 16 * stride, stride, 16, norm);
+// L columns of `block` rows, `stride` apart: up to 16 neighbouring rows at a time, then those 16
+// apart. In between they lie close together, in the first-level cache.
+template <int L>
+RS_INLINE void transform_columns(float* x, int64_t stride, int64_t block, float norm) {
+  if (block == 2) return pass<L, 2>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 4) return pass<L, 4>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 8) return pass<L, 8>(x, stride, 0, x, stride, 0, 1, norm);
+  if (block == 16) return pass<L, 16>(x, stride, 0, x, stride, 0, 1, norm);
+  float close[kLargest * L];
+  pass<L, 16>(x, stride, 16 * stride, close, L, 16 * L, block / 16, 1.0f);
+  if (block == 32) pass<L, 2>(close, 16 * L, L, x, 16 * stride, stride, 16, norm);
+  if (block == 64) pass<L, 4>(close, 16 * L, L, x, 16 * stride, stride, 16, norm);
+  if (block == 128) pass<L, 8>(close, 16 * L, L, x, 16 * stride, stride, 16, norm);
+}
+
+// All columns of a block of rows.
+template <int L>
+RS_INLINE void transform_rows(float* x, int64_t n, int64_t stride, int64_t block, float norm) {
+  int64_t c = 0;
+  for (; c + L <= n; c += L) transform_columns<L>(x + c, stride, block, norm);
+  if (c == n) return;
+  float rest[kLargest * L] = {};
+  const size_t bytes = static_cast<size_t>(n - c) * sizeof(float);
+  for (int64_t j = 0; j < block; ++j) std::memcpy(rest + j * L, x + j * stride + c, bytes);
+  transform_columns<L>(rest, L, block, norm);
+  for (int64_t j = 0; j < block; ++j) std::memcpy(x + j * stride + c, rest + j * L, bytes);
 }
 
 float norm_of(int64_t block) {
@@ -129,8 +155,13 @@ float norm_of(int64_t block) {
 
 void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
                    int64_t rows, int64_t n, int64_t block) {
-  if (block >= kLanes)
-    return transform_runs(from, from_stride, to, to_stride, rows, n, block, norm_of(block));
+  if (block >= 16)
+    return by_width([&]<int L>() RS_LAMBDA {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < n; i += block)
+          transform_block<L>(from + r * from_stride + i, to + r * to_stride + i, block,
+                             norm_of(block));
+    });
   for (; rows; --rows, from += from_stride, to += to_stride) {
     if (block > 1)
       transform_short_runs(from, to, n, block, norm_of(block));
@@ -141,16 +172,10 @@ void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to
 
 void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block) {
   if (block == 1) return;
-  for (float* run = x; run < x + rows * stride; run += block * stride) {
-    int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) transform_columns(run + c, stride, block, norm_of(block));
-    if (c == n) continue;
-    alignas(64) float rest[kLargest * kLanes] = {};
-    const size_t bytes = static_cast<size_t>(n - c) * sizeof(float);
-    for (int64_t j = 0; j < block; ++j) std::memcpy(rest + j * kLanes, run + j * stride + c, bytes);
-    transform_columns(rest, kLanes, block, norm_of(block));
-    for (int64_t j = 0; j < block; ++j) std::memcpy(run + j * stride + c, rest + j * kLanes, bytes);
-  }
+  by_width([&]<int L>() RS_LAMBDA {
+    for (int64_t r = 0; r < rows; r += block)
+      transform_rows<L>(x + r * stride, n, stride, block, norm_of(block));
+  });
 }
 
 namespace {

@@ -7,6 +7,10 @@
 
 namespace rs {
 
+// A side of the squares on which every frame closes, and how far apart their rows lie: not a power
+// of two, which would map a column to few places of the caches.
+constexpr int64_t kSquare = 128, kSquareApart = kSquare + 16;
+
 // Transforms each run of `block` of the n values of each row at `from`; `to` may be the same.
 void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
                    int64_t rows, int64_t n, int64_t block);

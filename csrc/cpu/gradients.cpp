@@ -43,35 +43,43 @@ struct BlockGrads {
 
 constexpr int kLanes = 16;  // partial sums in a fixed order on any machine
 
+template <int L>
+using Sixteen = Wide<float, kLanes, L>;
+
 // `count` values; the other lanes are zero.
 template <int L>
-RS_INLINE void load(const float* x, int64_t count, Wide<float, kLanes, L>& v) {
+RS_INLINE void load(const float* x, int64_t count, Sixteen<L>& v) {
+  if (count == kLanes) return v.load(x);
   v = {};
   std::memcpy(&v, x, static_cast<size_t>(count) * sizeof(float));
+}
+template <int L>
+RS_INLINE void store(const Sixteen<L>& v, int64_t count, float* x) {
+  if (count == kLanes) return v.store(x);
+  std::memcpy(x, &v, static_cast<size_t>(count) * sizeof(float));
 }
 
 // `count` values of one row of W = so * p * si: adds dLoss/dsi, turns d from dLoss/dW into
 // dLoss/dp, adds to the lanes of dLoss/dso.
 template <int L>
 RS_INLINE void scale_lanes(const float* p, float* d, int64_t count, float so, const float* si,
-                           float* dsi, Wide<float, kLanes, L>& sum) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-  Wide<float, kLanes, L> dp, product;
+                           float* dsi, Sixteen<L>& sum) {
+  Sixteen<L> dp, product;
   load<L>(d, count, dp);
   load<L>(p, count, product);
   product *= dp;
   if (si) {
-    Wide<float, kLanes, L> scale, dscale;
+    Sixteen<L> scale, dscale;
     load<L>(si, count, scale);
     load<L>(dsi, count, dscale);
     dscale.add(product, so);
-    std::memcpy(dsi, &dscale, bytes);
+    store<L>(dscale, count, dsi);
     product *= scale;
     dp *= scale;
   }
   sum += product;
   dp *= so;
-  std::memcpy(d, &dp, bytes);
+  store<L>(dp, count, d);
 }
 
 // Rows of p and d, `apart`; null scales are ones and have no gradients.
@@ -80,7 +88,7 @@ RS_INLINE void scale_gradients(const float* p, float* d, int64_t rows, int64_t n
                                const float* so, float* dso, const float* si, float* dsi) {
   for (int64_t i = 0; i < rows; ++i, p += apart, d += apart) {
     const float scale = so ? so[i] : 1.0f;
-    Wide<float, kLanes, L> sum = {};
+    Sixteen<L> sum = {};
     int64_t j = 0;
     if (si)
       for (; j + kLanes <= n; j += kLanes)
@@ -102,10 +110,6 @@ void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t 
 // the floats of those at a time.
 constexpr int64_t kPieceRows = 32, kPieceUnit = 8, kBlockRows = 128, kPrivate = int64_t{1} << 22;
 
-// A side of the squares on which every frame closes, and how far apart their rows lie: not a power
-// of two, which would map a column to few places of the caches.
-constexpr int64_t kSide = 128, kApart = kSide + 16;
-
 // What a thread works in: T and dLoss/dT of some rows, and a square of each.
 struct Workspace {
   std::vector<float> t, dw, squares;
@@ -113,7 +117,7 @@ struct Workspace {
   Workspace(const Row& row, int64_t rows, int64_t in)
       : t(static_cast<size_t>(scaled(row) ? rows * in : 0)),
         dw(static_cast<size_t>(rows * in)),
-        squares(static_cast<size_t>(turned(row) ? 2 * rows * kApart : 0)) {}
+        squares(static_cast<size_t>(turned(row) ? 2 * rows * kSquareApart : 0)) {}
 
   static bool scaled(const Row& row) { return row.out_scale >= 0 || row.in_scale >= 0; }
   static bool turned(const Row& row) { return row.out_block > 1 || row.in_block > 1; }
@@ -144,9 +148,9 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
   float *dout_scale = grads.of(row.out_scale), *din_scale = grads.of(row.in_scale);
   const bool scaled = Workspace::scaled(row), turned = Workspace::turned(row);
   if (scaled) row.decode(layer, r, r + rows, work.t.data());
-  const int64_t side = turned ? kSide : shape.in, apart = turned ? kApart : in;
+  const int64_t side = turned ? kSquare : shape.in, apart = turned ? kSquareApart : in;
   float* t = turned ? work.squares.data() : work.t.data();
-  float* dw = turned ? work.squares.data() + rows * kApart : work.dw.data();
+  float* dw = turned ? work.squares.data() + rows * kSquareApart : work.dw.data();
   std::fill(dw + real * apart, dw + rows * apart, 0.0f);
   for (int64_t c = 0; c < shape.in; c += side) {
     const int64_t cols = std::min(side, shape.in - c);

@@ -2,7 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
+#include <vector>
 
 #include "frame.h"
 #include "isa.h"
@@ -42,8 +44,16 @@ at::Tensor through_frame(const at::Tensor& x, int64_t n, int64_t width, const fl
 }
 
 void rotate(const Row& row, float* x, int64_t rows, int64_t width, int64_t n) {
-  hadamard_rows(x, width, x, width, rows, n, row.in_block);
-  hadamard_columns(x, rows, n, width, row.out_block);
+  if (row.out_block == 1) return hadamard_rows(x, width, x, width, rows, n, row.in_block);
+  std::vector<float> square(static_cast<size_t>(row.out_block * kSquareApart));
+  for (int64_t r = 0; r < rows; r += row.out_block, x += row.out_block * width)
+    for (int64_t c = 0; c < n; c += kSquare) {
+      const int64_t cols = std::min(kSquare, n - c);
+      hadamard_rows(x + c, width, square.data(), kSquareApart, row.out_block, cols, row.in_block);
+      hadamard_columns(square.data(), row.out_block, cols, kSquareApart, row.out_block);
+      for (int64_t i = 0; i < row.out_block; ++i)
+        std::copy_n(square.data() + i * kSquareApart, cols, x + i * width + c);
+    }
 }
 
 const float* param(const Layer& layer, int index) {

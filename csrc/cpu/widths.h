@@ -33,6 +33,15 @@ struct Wide {
                        kCount = N / kLanes;
   VectorOf<T, kLanes> v[kCount];
 
+  // Vector by vector: copied as bytes, they would go through memory in other sizes, which waits.
+  RS_INLINE void load(const T* from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) v[i] = at<T, kLanes>(from + i * kLanes);
+  }
+  RS_INLINE void store(T* to) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) at<T, kLanes>(to + i * kLanes) = v[i];
+  }
   RS_INLINE void operator+=(const Wide& other) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) v[i] += other.v[i];
