@@ -7,6 +7,7 @@
 #include "../cpu/clones.h"
 #include "../cpu/fast.h"
 #include "../cpu/loops.h"
+#include "../cpu/widths.h"
 #include "uniform_fit.h"
 
 namespace rs {
@@ -94,18 +95,23 @@ struct GroupSums {
 };
 
 // Of (code - zero) * dw and of dw, in lanes: one order on every instruction set.
-RS_CLONES void sum_group(const float* codes, const float* dw, int64_t n, float zero,
-                         GroupSums* sums) {
-  float level[kUniformLanes] = {}, all[kUniformLanes] = {};
+template <int L>
+RS_INLINE void sum_group(const float* codes, const float* dw, int64_t n, float zero,
+                         GroupSums& sums) {
+  constexpr int kLanes = static_cast<int>(kUniformLanes);
+  Wide<float, kLanes, L> level = {}, all = {};
   int64_t i = 0;
-  for (; i + kUniformLanes <= n; i += kUniformLanes)
-    for (int64_t j = 0; j < kUniformLanes; ++j) {
-      level[j] += (codes[i + j] - zero) * dw[i + j];
-      all[j] += dw[i + j];
-    }
-  for (int64_t j = 0; i < n; ++i, ++j) level[j] += (codes[i] - zero) * dw[i], all[j] += dw[i];
-  *sums = {};
-  for (int j = 0; j < kUniformLanes; ++j) sums->level += level[j], sums->all += all[j];
+  for (; i + kLanes <= n; i += kLanes) {
+    Wide<float, kLanes, L> code, d;
+    code.load(codes + i);
+    d.load(dw + i);
+    all += d;
+    for (auto& v : code.v) v -= zero;
+    d *= code;
+    level += d;
+  }
+  sums = {sum_lanes(level.v), sum_lanes(all.v)};
+  for (; i < n; ++i) sums.level += (codes[i] - zero) * dw[i], sums.all += dw[i];
 }
 
 // adjoint_loop for whole groups at a time.
@@ -118,7 +124,8 @@ void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, fl
   for (int64_t t = row0 * tables.groups; t < row1 * tables.groups; ++t, dw += n) {
     unpack<Bits>(layer.codes + t * layer.tile.bytes, n, codes.data());
     GroupSums sums;
-    sum_group(codes.data(), dw, n, Symmetric ? Codec::kHalf : tables.zero[t], &sums);
+    const float zero = Symmetric ? Codec::kHalf : tables.zero[t];
+    by_width([&]<int L>() RS_LAMBDA { sum_group<L>(codes.data(), dw, n, zero, sums); });
     if (grads[Codec::kScale]) grads[Codec::kScale][t] += sums.level;
     if constexpr (!Symmetric) {
       if (grads[Codec::kZero]) grads[Codec::kZero][t] -= tables.scale[t] * sums.all;

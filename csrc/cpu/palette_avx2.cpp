@@ -108,6 +108,31 @@ struct PaletteRows {
   }
 };
 
+// Sums of values by code: each lane sums for itself, in float32 for a row.
+template <class Codes>
+void sum_by_code(const Layer& layer, int64_t row0, int64_t row1, const float* dw, double* total) {
+  constexpr int kEntries = Codes::kEntries;
+  alignas(32) float numbers[kEntries];  // a codebook that says which entry it is
+  for (int e = 0; e < kEntries; ++e) numbers[e] = static_cast<float>(e);
+  Layer numbered = layer;
+  numbered.params[0] = numbers;
+  const PaletteRows<Codes, false> rows(numbered);
+  for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
+    __m256 sum[kEntries];
+    for (__m256& lanes : sum) lanes = _mm256_setzero_ps();
+    rows.each(row, [&](int, int64_t j, __m256 number, int64_t count) RS_LAMBDA {
+      const __m256 value =
+          count == 8 ? _mm256_loadu_ps(dw + j) : _mm256_maskload_ps(dw + j, first_of_eight(count));
+#pragma GCC unroll 16
+      for (int e = 0; e < kEntries; ++e) {
+        const __m256 is = _mm256_cmp_ps(number, _mm256_set1_ps(static_cast<float>(e)), _CMP_EQ_OQ);
+        sum[e] = _mm256_add_ps(sum[e], _mm256_and_ps(is, value));
+      }
+    });
+    for (int e = 0; e < kEntries; ++e) total[e] += sum_lanes(sum[e]);
+  }
+}
+
 // Pairs of weights, two at a time: the codebook's pairs by two codes.
 struct PairRows {
   const Layer& layer;
@@ -137,9 +162,18 @@ namespace rs {
 namespace {
 
 template <class Codes>
+void adjoint(const Layer& layer, int64_t row0, int64_t row1, const float* dw, float* const* grads) {
+  if (!grads[0]) return;
+  double total[Codes::kEntries] = {};
+  sum_by_code<Codes>(layer, row0, row1, dw, total);
+  for (int e = 0; e < Codes::kEntries; ++e) grads[0][e] += static_cast<float>(total[e]);
+}
+
+template <class Codes>
 void choose(Row& row, bool grouped) {
-  grouped ? fill_float_slots<PaletteRows<Codes, true>>(row)
-          : fill_float_slots<PaletteRows<Codes, false>>(row);
+  if (grouped) return fill_float_slots<PaletteRows<Codes, true>>(row);
+  fill_float_slots<PaletteRows<Codes, false>>(row);
+  row.adjoint = adjoint<Codes>;
 }
 
 }  // namespace
