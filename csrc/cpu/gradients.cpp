@@ -82,11 +82,12 @@ RS_INLINE void scale_lanes(const float* p, float* d, int64_t count, float so, co
   store<L>(dp, count, d);
 }
 
-// Rows of p and d, `apart`; null scales are ones and have no gradients.
+// Null scales are ones and have no gradients.
 template <int L>
-RS_INLINE void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
-                               const float* so, float* dso, const float* si, float* dsi) {
-  for (int64_t i = 0; i < rows; ++i, p += apart, d += apart) {
+RS_INLINE void scale_gradients(const float* p, int64_t p_apart, float* d, int64_t d_apart,
+                               int64_t rows, int64_t n, const float* so, float* dso,
+                               const float* si, float* dsi) {
+  for (int64_t i = 0; i < rows; ++i, p += p_apart, d += d_apart) {
     const float scale = so ? so[i] : 1.0f;
     Sixteen<L> sum = {};
     int64_t j = 0;
@@ -101,14 +102,19 @@ RS_INLINE void scale_gradients(const float* p, float* d, int64_t rows, int64_t n
     if (so) dso[i] += sum_lanes(sum.v);
   }
 }
-void scale_gradients(const float* p, float* d, int64_t rows, int64_t n, int64_t apart,
-                     const float* so, float* dso, const float* si, float* dsi) {
-  by_width([&]<int L>() RS_LAMBDA { scale_gradients<L>(p, d, rows, n, apart, so, dso, si, dsi); });
+void scale_gradients(const float* p, int64_t p_apart, float* d, int64_t d_apart, int64_t rows,
+                     int64_t n, const float* so, float* dso, const float* si, float* dsi) {
+  by_width([&]<int L>() RS_LAMBDA {
+    scale_gradients<L>(p, p_apart, d, d_apart, rows, n, so, dso, si, dsi);
+  });
 }
 
 // Rows at a time: in the second-level cache; sums of shared gradients, so that they stay few, and
 // the floats of those at a time.
 constexpr int64_t kPieceRows = 32, kPieceUnit = 8, kBlockRows = 128, kPrivate = int64_t{1} << 22;
+
+// Columns of dLoss/dW that are made at once, and how far apart rows of them lie.
+constexpr int64_t kStrip = 4 * kSquare, kStripApart = kStrip + 16;
 
 // What a thread works in: T and dLoss/dT of some rows, and a square of each.
 struct Workspace {
@@ -117,7 +123,7 @@ struct Workspace {
   Workspace(const Row& row, int64_t rows, int64_t in)
       : t(static_cast<size_t>(scaled(row) ? rows * in : 0)),
         dw(static_cast<size_t>(rows * in)),
-        squares(static_cast<size_t>(turned(row) ? 2 * rows * kSquareApart : 0)) {}
+        squares(static_cast<size_t>(turned(row) ? rows * (kSquareApart + kStripApart) : 0)) {}
 
   static bool scaled(const Row& row) { return row.out_scale >= 0 || row.in_scale >= 0; }
   static bool turned(const Row& row) { return row.out_block > 1 || row.in_block > 1; }
@@ -148,23 +154,28 @@ void block_grad_params(const Row& row, const Layer& layer, Shape shape, int64_t 
   float *dout_scale = grads.of(row.out_scale), *din_scale = grads.of(row.in_scale);
   const bool scaled = Workspace::scaled(row), turned = Workspace::turned(row);
   if (scaled) row.decode(layer, r, r + rows, work.t.data());
-  const int64_t side = turned ? kSquare : shape.in, apart = turned ? kSquareApart : in;
   float* t = turned ? work.squares.data() : work.t.data();
-  float* dw = turned ? work.squares.data() + rows * kSquareApart : work.dw.data();
-  std::fill(dw + real * apart, dw + rows * apart, 0.0f);
-  for (int64_t c = 0; c < shape.in; c += side) {
-    const int64_t cols = std::min(side, shape.in - c);
-    fill(Rectangle{r, c, real, cols, dw, apart});
-    if (scaled && turned) {
-      hadamard_rows(work.t.data() + c, in, t, apart, rows, cols, row.in_block);
-      hadamard_columns(t, rows, cols, apart, row.out_block);
+  float* strip = turned ? work.squares.data() + rows * kSquareApart : work.dw.data();
+  const int64_t wide = turned ? kStrip : shape.in, apart = turned ? kStripApart : in;
+  const int64_t side = turned ? kSquare : shape.in, t_apart = turned ? kSquareApart : in;
+  std::fill(strip + real * apart, strip + rows * apart, 0.0f);
+  for (int64_t first = 0; first < shape.in; first += wide) {
+    const int64_t last = std::min(first + wide, shape.in);
+    fill(Rectangle{r, first, real, last - first, strip, apart});
+    for (int64_t c = first; c < last; c += side) {
+      const int64_t cols = std::min(side, last - c);
+      float* dw = strip + (c - first);
+      if (scaled && turned) {
+        hadamard_rows(work.t.data() + c, in, t, t_apart, rows, cols, row.in_block);
+        hadamard_columns(t, rows, cols, t_apart, row.out_block);
+      }
+      if (scaled)
+        scale_gradients(t, t_apart, dw, apart, real, cols, from(out_scale, r), from(dout_scale, r),
+                        from(in_scale, c), from(din_scale, c));
+      if (!turned) continue;
+      hadamard_columns(dw, rows, cols, apart, row.out_block);
+      hadamard_rows(dw, apart, work.dw.data() + c, in, rows, cols, row.in_block);
     }
-    if (scaled)
-      scale_gradients(t, dw, real, cols, apart, from(out_scale, r), from(dout_scale, r),
-                      from(in_scale, c), from(din_scale, c));
-    if (!turned) continue;
-    hadamard_columns(dw, rows, cols, apart, row.out_block);
-    hadamard_rows(dw, apart, work.dw.data() + c, in, rows, cols, row.in_block);
   }
   row.adjoint(layer, r, r + rows, work.dw.data(), grads.pointers.data());
 }
