@@ -325,3 +325,16 @@ def test_functions_of_one_sign_still_reach_both():
     weight = walk.gaussian(64, 512)
     packed = Bitfield(functions="c3s1d0").encode(weight)
     assert walk.nmse(packed.decode(), weight) < 0.5
+
+
+@pytest.mark.parametrize("isa", walk.isas())
+@pytest.mark.parametrize("setting", ["word=32", "word=22", "word=22, amplitude=uint16"])
+@pytest.mark.parametrize("block", [2, 4, 8, 16])
+def test_products_of_one_row_and_of_several_are_those_of_the_decoded_weight(block, setting, isa):
+    packed = walk.random_layer(rs.codec(f"bitfield({setting}, block={block})"), (37, 200))
+    weight = packed.decode().double()
+    for batch in (1, 2, 5):
+        x = walk.gaussian(batch, 200, seed=batch)
+        with ops.use_isa(isa):
+            y = torch.ops.reality_stone.linear(x, *walk.arguments(packed))
+        assert walk.relative(y, x.double() @ weight.t()) < 2e-6

@@ -37,6 +37,21 @@ def test_many_seeds_and_the_edges_of_their_ranges_decode_alike():
     assert_decodes_alike(Packed(codec, (1024, 1024), codes, {"scale": torch.tensor([0.3])}))
 
 
+@pytest.mark.parametrize("block", [0, 4, 8, 16, 256])
+def test_products_through_the_wave_are_those_of_the_decoded_weight(block):
+    """More rows of x than fit a pass, widths that end inside a vector; the same bits on any ISA."""
+    packed = walk.random_layer(rs.codec("seed64", block=block), (70, 1300))
+    weight = packed.decode().double()
+    for batch in (1, 3, 32, 130):
+        x = walk.gaussian(batch, 1300, seed=batch)
+        found = []
+        for isa in walk.isas():
+            with ops.use_isa(isa), ops.accuracy("exact"):
+                found.append(torch.ops.reality_stone.linear(x, *walk.arguments(packed)))
+        assert walk.relative(found[0], x.double() @ weight.t()) < 2e-6
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
 def test_the_pattern_is_the_documented_one():
     i, j = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     want = 1 + 0.1 * (2 * math.pi * ((31 * i + 17 * j) % 256).double() / 256).sin()
