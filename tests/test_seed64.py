@@ -52,6 +52,20 @@ def test_products_through_the_wave_are_those_of_the_decoded_weight(block):
         assert all(torch.equal(y, found[0]) for y in found)
 
 
+def test_products_keep_the_digits_of_short_and_of_nearly_vanishing_seeds():
+    """r from its least on, and angles next to the zeros of the sine, one block to an output."""
+    r = torch.tensor([0, 4295, 4297, 65537, 1 << 24, (1 << 32) - 1])
+    turn = torch.tensor([1, 77, (1 << 30) + 1, (1 << 31) - 3, (1 << 31) + 5, (1 << 32) - 1])
+    words = torch.cartesian_prod(r, turn)
+    codes = torch.cat([words[:, 1:] >> 8 * torch.arange(4), words[:, :1] >> 8 * torch.arange(4)], 1)
+    codec = rs.codec("seed64", block=4)
+    packed = Packed(codec, (144, 4), codes.to(torch.uint8)[:, None], {"scale": torch.ones(1)})
+    x = walk.gaussian(1, 4)
+    got = torch.ops.reality_stone.linear(x, *walk.arguments(packed)).double()
+    want = x.double() @ packed.decode().double().t()
+    assert ((got - want).abs() <= 2e-6 * want.abs()).all()
+
+
 def test_the_pattern_is_the_documented_one():
     i, j = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     want = 1 + 0.1 * (2 * math.pi * ((31 * i + 17 * j) % 256).double() / 256).sin()

@@ -43,7 +43,7 @@ RS_CLONES void spread(const Waves& waves, const float* sums, int64_t stride, int
     y[i] += one + sine * waves.down[0][i] + cosine * waves.down[1][i];
 }
 
-// p * scale of `n` words, a multiple of 16, in float32: within 3e-7 of scale.
+// p * scale of `n` words, a multiple of 16, in float32: each within 5e-7 of itself.
 template <int L>
 RS_INLINE void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
   using Floats = VectorOf<float, L>;
@@ -59,7 +59,8 @@ RS_INLINE void factors(const uint8_t* bytes, int64_t n, float scale, float* p) {
     const Words low = __builtin_shuffle(first, second, even),
                 high = __builtin_shuffle(first, second, even + 1);
 
-    Floats r = __builtin_convertvector((Ints)(high >> 1), Floats) * 0x1p-31f;
+    Floats r = __builtin_convertvector((Ints)(high >> 16), Floats) * 0x1p-16f +
+               __builtin_convertvector((Ints)(high & 0xFFFF), Floats) * 0x1p-32f;
     r = r < static_cast<float>(kLeastSeed) ? static_cast<float>(kLeastSeed) + Floats{} : r;
     r = r > static_cast<float>(kLargestSeed) ? static_cast<float>(kLargestSeed) + Floats{} : r;
 
