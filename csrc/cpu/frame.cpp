@@ -155,16 +155,16 @@ float norm_of(int64_t block) {
 
 void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
                    int64_t rows, int64_t n, int64_t block) {
+  const float norm = norm_of(block);
   if (block >= 16)
     return by_width([&]<int L>() RS_LAMBDA {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < n; i += block)
-          transform_block<L>(from + r * from_stride + i, to + r * to_stride + i, block,
-                             norm_of(block));
+          transform_block<L>(from + r * from_stride + i, to + r * to_stride + i, block, norm);
     });
   for (; rows; --rows, from += from_stride, to += to_stride) {
     if (block > 1)
-      transform_short_runs(from, to, n, block, norm_of(block));
+      transform_short_runs(from, to, n, block, norm);
     else if (from != to)
       std::copy(from, from + n, to);
   }
@@ -172,9 +172,10 @@ void hadamard_rows(const float* from, int64_t from_stride, float* to, int64_t to
 
 void hadamard_columns(float* x, int64_t rows, int64_t n, int64_t stride, int64_t block) {
   if (block == 1) return;
+  const float norm = norm_of(block);
   by_width([&]<int L>() RS_LAMBDA {
     for (int64_t r = 0; r < rows; r += block)
-      transform_rows<L>(x + r * stride, n, stride, block, norm_of(block));
+      transform_rows<L>(x + r * stride, n, stride, block, norm);
   });
 }
 

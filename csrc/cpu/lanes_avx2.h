@@ -33,6 +33,9 @@ RS_INLINE float sum_lanes(__m256 x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+RS_INLINE __m256 load_some(const float* x, int64_t count) {
+  return count == 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, first_of_eight(count));
+}
 RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
   if (count == 8) return _mm256_storeu_ps(w, x);
   _mm256_maskstore_ps(w, first_of_eight(count), x);
@@ -54,9 +57,7 @@ void float_product(const Layer& layer, const float* x, int64_t m, float* y, int6
       for (int b = 0; b < B; ++b) {
         const float* from = x + (b < m ? b : m - 1) * layer.in + j;
         __m256& sum = total[i % kSums][b];
-        sum = _mm256_fmadd_ps(
-            w, count == 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_of_eight(count)),
-            sum);
+        sum = _mm256_fmadd_ps(w, load_some(from, count), sum);
       }
     });
     for (int b = 0; b < B; ++b) {

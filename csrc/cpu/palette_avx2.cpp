@@ -121,8 +121,7 @@ void sum_by_code(const Layer& layer, int64_t row0, int64_t row1, const float* dw
     __m256 sum[kEntries];
     for (__m256& lanes : sum) lanes = _mm256_setzero_ps();
     rows.each(row, [&](int, int64_t j, __m256 number, int64_t count) RS_LAMBDA {
-      const __m256 value =
-          count == 8 ? _mm256_loadu_ps(dw + j) : _mm256_maskload_ps(dw + j, first_of_eight(count));
+      const __m256 value = load_some(dw + j, count);
 #pragma GCC unroll 16
       for (int e = 0; e < kEntries; ++e) {
         const __m256 is = _mm256_cmp_ps(number, _mm256_set1_ps(static_cast<float>(e)), _CMP_EQ_OQ);
