@@ -78,7 +78,11 @@ void quantize(const float* x, int64_t in, int64_t first, int64_t end, int8_t* by
         }
         _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(q));
       }
-      sum += _mm512_reduce_add_epi32(total) *
+      // Lanes where x is not finite hold INT_MIN, whose sums need 64 bits.
+      const __m512i halves =
+          _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(total)),
+                           _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(total, 1)));
+      sum += static_cast<double>(_mm512_reduce_add_epi64(halves)) *
              (to.limbs == 1 ? static_cast<double>(quantum.unit) : 1.0);
       if ((c + to.piece) % to.summed == 0) {
         const int64_t s = c / to.summed;
