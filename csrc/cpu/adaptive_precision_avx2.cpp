@@ -242,7 +242,6 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 
 void adaptive_precision_avx2_slots(Row& row) {
   row.decode = decode;
-  if (current_isa() != Isa::avx2) return;
   row.linear = linear;
   row.linear_max_m = kMaxBatch;
   row.linear_type = "integer codes, 16-bit activations per row";

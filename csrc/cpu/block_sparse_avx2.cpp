@@ -4,61 +4,10 @@
 #include "block_sparse_fast.h"
 
 #if RS_FAST_X86
-#include <cstring>
-#include <memory>
-
-#include "../codecs/block_sparse.h"
 #include "lanes_avx2.h"
 
 namespace rs {
 namespace {
-
-// Which value goes to each of the eight weights of two rows; 4 for none.
-struct alignas(8) Places {
-  int8_t at[8];
-};
-constexpr Places places_of(uint32_t bits, int first) {
-  Places p{};
-  for (int j = 0; j < 8; ++j)
-    p.at[j] = static_cast<int8_t>(bits >> j & 1 && first < 4 ? first++ : 4);
-  return p;
-}
-
-struct PatternPlaces {
-  static constexpr int kBytes = 5, kValues = 1;
-  Places places[256][2];
-
-  explicit PatternPlaces(const Layer& layer) {
-    const SquareSparse<false>::Tables tables(layer);
-    for (int i = 0; i < 256; ++i) {
-      const uint32_t mask = tables.masks[i], low = mask & 255;
-      places[i][0] = places_of(low, 0);
-      places[i][1] = places_of(mask >> 8, std::popcount(low));
-    }
-  }
-  RS_INLINE const Places& of(const uint8_t* tile, int half) const { return places[tile[0]][half]; }
-};
-
-struct MaskTable {
-  Places places[5][256]{};  // by the ones before the byte, up to four
-  uint8_t ones[256]{};
-  constexpr MaskTable() {
-    for (uint32_t bits = 0; bits < 256; ++bits) {
-      ones[bits] = static_cast<uint8_t>(std::min(std::popcount(bits), 4));
-      for (int before = 0; before < 5; ++before) places[before][bits] = places_of(bits, before);
-    }
-  }
-};
-constexpr MaskTable kMaskTable;
-
-struct MaskPlaces {
-  static constexpr int kBytes = 6, kValues = 2;
-  explicit MaskPlaces(const Layer&) {}
-  RS_INLINE const Places& of(const uint8_t* tile, int half) const {
-    return half ? kMaskTable.places[kMaskTable.ones[tile[0]]][tile[1]]
-                : kMaskTable.places[0][tile[0]];
-  }
-};
 
 // The tile's values, and zeros in lanes 4 to 7.
 template <class Tiles>
@@ -157,6 +106,7 @@ struct LaneMasks {
 constexpr LaneMasks kLaneMasks;
 
 struct CosineRows {
+  static constexpr bool kGrouped = false;
   const Layer& layer;
   const float (*cosines)[8];
   float sizes[256];  // of a base
@@ -168,8 +118,8 @@ struct CosineRows {
       sizes[base] = static_cast<float>(static_cast<int8_t>(base)) * tables.scale;
   }
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    const uint8_t* tile = layer.codes + row * layer.tile_cols() * 3;
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    const uint8_t* tile = layer.codes + (row * layer.tile_cols() + tile0) * 3;
     const auto one = [&](int i, int64_t j) RS_LAMBDA {
       const __m256 w =
           _mm256_mul_ps(_mm256_broadcast_ss(sizes + tile[1]), _mm256_loadu_ps(cosines[tile[2]]));
@@ -177,12 +127,12 @@ struct CosineRows {
       visit(i, j, _mm256_and_ps(w, _mm256_load_ps(kept)), 8);
       tile += 3;
     };
-    int64_t j = 0;
-    for (; j + 32 <= layer.in; j += 32) {
+    int64_t t = tile0;
+    for (; t + 4 <= tile1; t += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) one(i, j + 8 * i);
+      for (int i = 0; i < 4; ++i) one(i, 8 * (t + i));
     }
-    for (; j < layer.in; j += 8) one(0, j);
+    for (; t < tile1; ++t) one(0, 8 * t);
   }
 };
 
@@ -203,7 +153,6 @@ template <class Tiles>
 void fill_square(Row& row) {
   row.decode = decode_square<Tiles>;
   row.adjoint = block_sparse_adjoint<decode_square<Tiles>>;
-  if (current_isa() != Isa::avx2) return;
   row.linear = square_linear<Tiles>;
   row.linear_max_m = kMaxBatch;
 }
@@ -212,9 +161,8 @@ void fill_square(Row& row) {
 
 void block_sparse_avx2_slots(Row& row, bool square, bool mask16) {
   if (square) return mask16 ? fill_square<MaskPlaces>(row) : fill_square<PatternPlaces>(row);
-  row.decode = decode_rows<CosineRows>;
+  fill_float_slots<CosineRows>(row);
   row.adjoint = block_sparse_adjoint<decode_rows<CosineRows>>;
-  if (current_isa() == Isa::avx2) fill_float_products<CosineRows>(row);
 }
 
 }  // namespace rs

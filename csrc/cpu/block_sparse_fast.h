@@ -2,11 +2,60 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
+#include "../codecs/block_sparse.h"
 #include "fast.h"
 
 namespace rs {
+
+// Which value goes to each of the eight weights of two rows; 4 for none.
+struct alignas(8) Places {
+  int8_t at[8];
+};
+constexpr Places places_of(uint32_t bits, int first) {
+  Places p{};
+  for (int j = 0; j < 8; ++j)
+    p.at[j] = static_cast<int8_t>(bits >> j & 1 && first < 4 ? first++ : 4);
+  return p;
+}
+
+struct PatternPlaces {
+  static constexpr int kBytes = 5, kValues = 1;
+  Places places[256][2];
+
+  explicit PatternPlaces(const Layer& layer) {
+    const SquareSparse<false>::Tables tables(layer);
+    for (int i = 0; i < 256; ++i) {
+      const uint32_t mask = tables.masks[i], low = mask & 255;
+      places[i][0] = places_of(low, 0);
+      places[i][1] = places_of(mask >> 8, std::popcount(low));
+    }
+  }
+  const Places& of(const uint8_t* tile, int half) const { return places[tile[0]][half]; }
+};
+
+struct MaskTable {
+  Places places[5][256]{};  // by the ones before the byte, up to four
+  uint8_t ones[256]{};
+  constexpr MaskTable() {
+    for (uint32_t bits = 0; bits < 256; ++bits) {
+      ones[bits] = static_cast<uint8_t>(std::min(std::popcount(bits), 4));
+      for (int before = 0; before < 5; ++before) places[before][bits] = places_of(bits, before);
+    }
+  }
+};
+inline constexpr MaskTable kMaskTable;
+
+struct MaskPlaces {
+  static constexpr int kBytes = 6, kValues = 2;
+  explicit MaskPlaces(const Layer&) {}
+  const Places& of(const uint8_t* tile, int half) const {
+    return half ? kMaskTable.places[kMaskTable.ones[tile[0]]][tile[1]]
+                : kMaskTable.places[0][tile[0]];
+  }
+};
 
 // Sum of a[i] * b[i] in float64.
 double wide_dot(const float* a, const float* b, int64_t n);

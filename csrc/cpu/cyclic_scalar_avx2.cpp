@@ -5,39 +5,9 @@
 //             blends, by three bits that depend on family and diff, chooses
 //   16 bits   decode: eight codes at a time, the cosines gathered from a kilobyte in the first
 //             cache; linear: 16 at a time, the cosine as an odd polynomial in int16
-#include "fast.h"
+#include "cyclic_scalar_fast.h"
 
 #if RS_FAST_X86
-#include "../codecs/cyclic_scalar.h"
-#include "integers.h"
-#include "parallel.h"
-
-namespace rs {
-namespace {
-
-// Activations by steps of 32 columns: values[(step * batch + row) * 32 + place].
-struct StepActivations {
-  int batch;
-  Lines<int16_t> values;
-  float unit[kMaxBatch];
-
-  // apart: the even columns of a step before the odd ones.
-  StepActivations(const float* x, int64_t m, int64_t in, bool apart)
-      : batch(static_cast<int>(std::bit_ceil(static_cast<uint64_t>(m)))), values(in * batch) {
-    for (int64_t b = 0; b < m; ++b) {
-      const Quantum quantum(x + b * in, in, 32767);
-      unit[b] = quantum.unit;
-      for (int64_t j = 0; j < in; ++j) {
-        const int64_t place = apart ? j % 2 * 16 + j % 32 / 2 : j % 32;
-        values[(j / 32 * batch + b) * 32 + place] = quantum(x[b * in + j]);
-      }
-    }
-  }
-};
-
-}  // namespace
-}  // namespace rs
-
 #include "lanes_avx2.h"
 
 namespace rs {
@@ -209,14 +179,9 @@ namespace {
 
 template <int Bits>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  const int64_t grain = row_grain(layer.out, layer.in);
-  const StepActivations values(x, m, layer.in, Bits == 8);
-  const auto kernel = values.batch == 1   ? product<Bits, 1>
-                      : values.batch == 2 ? product<Bits, 2>
-                      : values.batch == 4 ? product<Bits, 4>
-                                          : product<Bits, 8>;
-  parallel_for(layer.out, grain,
-               [&](int64_t begin, int64_t end) { kernel(layer, values, m, y, begin, end); });
+  constexpr StepKernel kernels[4] = {product<Bits, 1>, product<Bits, 2>, product<Bits, 4>,
+                                     product<Bits, 8>};
+  step_linear(layer, x, m, y, 32, Bits == 8, kernels);
 }
 
 }  // namespace
@@ -224,11 +189,8 @@ void linear(const Layer& layer, const float* x, int64_t m, float* y) {
 void cyclic_scalar_avx2_slots(Row& row, int bits, int64_t group) {
   if (bits == 8 && group % 32 == 0) row.decode = decode8;
   if (bits == 16 && group % 8 == 0) row.decode = decode16;
-  if (group % 32 != 0 || current_isa() != Isa::avx2) return;
-  row.linear = bits == 8 ? linear<8> : linear<16>;
-  row.linear_max_m = kMaxBatch;
-  row.linear_type = bits == 8 ? "integer levels, 16-bit activations per row"
-                              : "14-bit weights, 16-bit activations per row";
+  if (group % 32 == 0)
+    bits == 8 ? fill_step_linear<8>(row, linear<8>) : fill_step_linear<16>(row, linear<16>);
 }
 
 }  // namespace rs

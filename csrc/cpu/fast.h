@@ -31,6 +31,7 @@ void trellis_avx512_slots(Row& row, int k);
 void trellis_adjoint_avx2_slots(Row& row, int k);
 void trellis_adjoint_avx512_slots(Row& row, int k);
 void ultra_avx2_slots(Row& row);
+void ultra_avx512_slots(Row& row);
 void uniform_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_decode_avx2_slots(Row& row, int bits, bool symmetric, int64_t group);
 void uniform_avx512_slots(Row& row, int bits, bool symmetric, int64_t group);
@@ -75,6 +76,7 @@ inline void trellis_fast_slots(Row& row, int k, Isa isa) {
 inline void ultra_fast_slots(Row& row, Isa isa) {
 #if RS_FAST_X86
   if (isa == Isa::avx2) ultra_avx2_slots(row);
+  if (isa >= Isa::avx512) ultra_avx512_slots(row);
 #endif
 }
 inline void uniform_fast_slots(Row& row, int bits, bool symmetric, int64_t group, Isa isa) {

@@ -91,26 +91,26 @@ struct XorValues {
 
 template <class Values>
 struct HierarchicalRows {
+  static constexpr bool kGrouped = false;
   const Layer& layer;
   Values of;
   RS_INLINE explicit HierarchicalRows(const Layer& layer) : layer(layer), of(layer.params[0]) {}
 
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    const int64_t tiles = layer.tile_cols();
-    const uint8_t* codes = layer.codes + row * tiles * 4;
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    const uint8_t* codes = layer.codes + (row * layer.tile_cols() + tile0) * 4;
     alignas(32) float values[32];
-    int64_t t = 0;
-    for (; t + 8 <= tiles; t += 8, codes += 32) {
+    int64_t t = tile0;
+    for (; t + 8 <= tile1; t += 8, codes += 32) {
       of.four(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), values);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) visit(i, 8 * (t + i), of.weights(values, i, codes + 4 * i), 8);
     }
-    if (t == tiles) return;
+    if (t == tile1) return;
     uint8_t last[32] = {};
-    std::memcpy(last, codes, static_cast<size_t>(4 * (tiles - t)));
+    std::memcpy(last, codes, static_cast<size_t>(4 * (tile1 - t)));
     of.four(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(last)), values);
-    for (int i = 0; t < tiles; ++i, ++t) visit(0, 8 * t, of.weights(values, i, last + 4 * i), 8);
+    for (int i = 0; t < tile1; ++i, ++t) visit(0, 8 * t, of.weights(values, i, last + 4 * i), 8);
   }
 };
 

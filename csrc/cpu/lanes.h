@@ -91,6 +91,30 @@ inline void lane_linear(const Layer& layer, const float* x, int64_t m, float* y,
   }
 }
 
+// Eight rows of x would come from the second-level cache for every row of codes: strips of their
+// columns, half of the smallest first-level cache, meet kStripRows rows of codes each.
+constexpr int kStripRows = 8;
+constexpr int64_t kStripColumns = 512;
+inline int64_t strip_tiles(const Layer& layer) {
+  return std::clamp<int64_t>(kStripColumns / layer.tile.cols, 1, layer.tile_cols());
+}
+// Brings tiles [first, last) of all, which the hardware does not foresee, to the caches.
+inline void prefetch_tiles(const Layer& layer, int64_t first, int64_t last) {
+  const int64_t end = std::min(last, layer.tile_rows() * layer.tile_cols()) * layer.tile.bytes;
+  for (int64_t at = first * layer.tile.bytes; at < end; at += 64)
+    __builtin_prefetch(layer.codes + at);
+}
+
+// Where column 0 of B rows of x is; rows that are not there are the last.
+template <int B>
+struct RowStarts {
+  const float* at[B];
+
+  RowStarts(const float* x, int64_t m, int64_t in) {
+    for (int b = 0; b < B; ++b) at[b] = x + (b < m ? b : m - 1) * in;
+  }
+};
+
 // The same for codes that are decoded to float32 in registers.
 using FloatKernel = void (*)(const Layer&, const float* x, int64_t m, float* y, int64_t row0,
                              int64_t row1);

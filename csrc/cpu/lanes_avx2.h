@@ -42,28 +42,50 @@ RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
 }
 
 // Rows of x times decoded rows. Rows(layer) makes what all rows share;
-// each(row, visit) calls visit(i, j, w, count) for the `count`, at most 8, weights from column j
-// on, with a constant i that rises by one or more.
+// each(row, tile0, tile1, visit) calls visit(i, j, w, count) for the `count`, at most 8, weights of
+// these tiles from column j on, with a constant i that rises by one or more. kGrouped: tiles have
+// params of their own, which strips would keep from being fetched in time.
 template <class Rows, int B>
 void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
                    int64_t row1) {
-  constexpr int kSums = B == 1 ? 4 : 1;  // independent, so that additions need not wait
+  constexpr int kSums = B == 1 ? 4 : 8 / B;  // independent, so that additions need not wait
+  constexpr bool kStrips = B == kMaxBatch && !Rows::kGrouped;
+  constexpr int kRows = kStrips ? kStripRows : 1;
   const Rows rows(layer);
-  for (int64_t row = row0; row < row1; ++row) {
-    __m256 total[kSums][B];
+  const RowStarts<B> from(x, m, layer.in);
+  const int64_t tiles = layer.tile_cols(), strip = kStrips ? strip_tiles(layer) : tiles;
+  for (int64_t row = row0; row < row1; row += kRows) {
+    __m256 total[kRows][B];
     for (auto& sums : total)
       for (__m256& sum : sums) sum = _mm256_setzero_ps();
-    rows.each(row, [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
-      for (int b = 0; b < B; ++b) {
-        const float* from = x + (b < m ? b : m - 1) * layer.in + j;
-        __m256& sum = total[i % kSums][b];
-        sum = _mm256_fmadd_ps(w, load_some(from, count), sum);
+    for (int64_t t = 0; t < tiles; t += strip)
+      for (int r = 0; r < kRows && row + r < row1; ++r) {
+        __m256 sums[kSums][B];
+        if (kStrips) {
+          const int64_t next = (row + r) * tiles + t + strip;
+          prefetch_tiles(layer, next, next + strip);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 8
+          for (int b = 0; b < B; ++b) sums[i][b] = i ? _mm256_setzero_ps() : total[r][b];
+        rows.each(row + r, t, std::min(t + strip, tiles),
+                  [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
+#pragma GCC unroll 8
+                    for (int b = 0; b < B; ++b) {
+                      __m256& sum = sums[i % kSums][b];
+                      sum = _mm256_fmadd_ps(w, load_some(from.at[b] + j, count), sum);
+                    }
+                  });
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+          for (int i = 1; i < kSums; ++i) sums[0][b] = _mm256_add_ps(sums[0][b], sums[i][b]);
+          total[r][b] = sums[0][b];
+        }
       }
-    });
-    for (int b = 0; b < B; ++b) {
-      for (int i = 1; i < kSums; ++i) total[0][b] = _mm256_add_ps(total[0][b], total[i][b]);
-      if (b < m) y[b * layer.out + row] = sum_lanes(total[0][b]);
-    }
+    for (int r = 0; r < kRows && row + r < row1; ++r)
+      for (int b = 0; b < B && b < m; ++b) y[b * layer.out + row + r] = sum_lanes(total[r][b]);
   }
 }
 template <class Rows>
@@ -74,23 +96,19 @@ template <class Rows>
 void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
   const Rows rows(layer);
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    rows.each(row, [&](int, int64_t j, __m256 value, int64_t count)
-                       RS_LAMBDA { store_some(w + j, value, count); });
+    rows.each(row, 0, layer.tile_cols(),
+              [&](int, int64_t j, __m256 value, int64_t count)
+                  RS_LAMBDA { store_some(w + j, value, count); });
 }
 
-// Products in float32 for batches up to kMaxBatch, of a codec's rows.
+// Products in float32 for batches up to kMaxBatch, of a codec's rows, and decode.
 template <class Rows>
-void fill_float_products(Row& row) {
+void fill_float_slots(Row& row) {
+  row.decode = decode_rows<Rows>;
   row.linear = [](const Layer& layer, const float* x, int64_t m, float* y) {
     float_linear(layer, x, m, y, kFloatKernels<Rows>);
   };
   row.linear_max_m = kMaxBatch;
-}
-// And decode.
-template <class Rows>
-void fill_float_slots(Row& row) {
-  row.decode = decode_rows<Rows>;
-  fill_float_products<Rows>(row);
 }
 
 // Up to sixteen floats to look up by the low bits of a code: 2 for 4 of them, 3 for 8, 4 for 16.
@@ -132,12 +150,12 @@ RS_INLINE __m256 two_vectors(const void* table, uint32_t first, uint32_t second)
       _mm_load_ps(reinterpret_cast<const float*>(at + second)), 1);
 }
 
-// Rows of tiles of four codes of ten bits, a vector of four weights each.
+// Tiles [tile0, tile1) of a row, of four codes of ten bits, a vector of four weights each.
 template <class Visit>
-RS_INLINE void ten_bit_vectors(const Layer& layer, int64_t row, const VectorTable<1024, 4>& table,
-                               Visit visit) {
+RS_INLINE void ten_bit_vectors(const Layer& layer, int64_t row, int64_t tile0, int64_t tile1,
+                               const VectorTable<1024, 4>& table, Visit visit) {
   constexpr uint32_t kMask = 1023 * 16;
-  const uint8_t* tile = layer.codes + row * layer.tile_cols() * 5;
+  const uint8_t* tile = layer.codes + (row * layer.tile_cols() + tile0) * 5;
   const auto one = [&](int i, int64_t j) RS_LAMBDA {
     const uint32_t low = load_word(tile);
     uint16_t high;
@@ -147,9 +165,9 @@ RS_INLINE void ten_bit_vectors(const Layer& layer, int64_t row, const VectorTabl
           two_vectors(table.at, low >> 16 & kMask, static_cast<uint32_t>(high) >> 2 & kMask), 8);
     tile += 5;
   };
-  int64_t j = 0;
-  for (; j + 32 <= layer.in; j += 32) one(0, j), one(2, j + 16);
-  if (j < layer.in) one(0, j);
+  int64_t t = tile0;
+  for (; t + 2 <= tile1; t += 2) one(0, t * 16), one(2, t * 16 + 16);
+  if (t < tile1) one(0, t * 16);
 }
 
 }  // namespace

@@ -86,24 +86,23 @@ struct WordCodes {
   }
 };
 
-// A row is one run of codes when all of it has one codebook.
+// Tiles are one run of codes when they have one codebook.
 template <class Codes, bool Grouped>
 struct PaletteRows {
+  static constexpr bool kGrouped = Grouped;
   const Layer& layer;
   RS_INLINE explicit PaletteRows(const Layer& layer) : layer(layer) {}
 
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
-    const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
-    const uint8_t* codes = layer.codes + row * runs * size;
-    const float* book = layer.params[0] + (Grouped ? row * runs * Codes::kEntries : 0);
-    int64_t rest = (layer.out - row) * runs * size;
-    for (int64_t j = 0; j < layer.in; j += cols, codes += size, rest -= size) {
-      Codes::each(codes, rest, cols, book,
-                  [&](int i, int64_t k, __m256 w, int64_t count)
-                      RS_LAMBDA { visit(i, j + k, w, count); });
-      book += Grouped ? Codes::kEntries : 0;
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    const auto [rows, cols, bytes] = layer.tile;
+    const int64_t n = layer.tile_cols(), run = Grouped ? 1 : tile1 - tile0;
+    for (int64_t t = tile0; t < tile1; t += run) {
+      const int64_t at = row * n + t;
+      const float* book = layer.params[0] + (Grouped ? at * Codes::kEntries : 0);
+      Codes::each(layer.codes + at * bytes, (layer.out * n - at) * bytes, run * cols, book,
+                  [&, first = t * cols](int i, int64_t j, __m256 w, int64_t count)
+                      RS_LAMBDA { visit(i, first + j, w, count); });
     }
   }
 };
@@ -120,20 +119,23 @@ void sum_by_code(const Layer& layer, int64_t row0, int64_t row1, const float* dw
   for (int64_t row = row0; row < row1; ++row, dw += layer.in) {
     __m256 sum[kEntries];
     for (__m256& lanes : sum) lanes = _mm256_setzero_ps();
-    rows.each(row, [&](int, int64_t j, __m256 number, int64_t count) RS_LAMBDA {
-      const __m256 value = load_some(dw + j, count);
+    rows.each(row, 0, layer.tile_cols(),
+              [&](int, int64_t j, __m256 number, int64_t count) RS_LAMBDA {
+                const __m256 value = load_some(dw + j, count);
 #pragma GCC unroll 16
-      for (int e = 0; e < kEntries; ++e) {
-        const __m256 is = _mm256_cmp_ps(number, _mm256_set1_ps(static_cast<float>(e)), _CMP_EQ_OQ);
-        sum[e] = _mm256_add_ps(sum[e], _mm256_and_ps(is, value));
-      }
-    });
+                for (int e = 0; e < kEntries; ++e) {
+                  const __m256 is =
+                      _mm256_cmp_ps(number, _mm256_set1_ps(static_cast<float>(e)), _CMP_EQ_OQ);
+                  sum[e] = _mm256_add_ps(sum[e], _mm256_and_ps(is, value));
+                }
+              });
     for (int e = 0; e < kEntries; ++e) total[e] += sum_lanes(sum[e]);
   }
 }
 
 // Pairs of weights, two at a time: the codebook's pairs by two codes.
 struct PairRows {
+  static constexpr bool kGrouped = false;
   const Layer& layer;
   VectorTable<32 * 32, 4> pairs;
 
@@ -147,8 +149,8 @@ struct PairRows {
       }
   }
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    ten_bit_vectors(layer, row, pairs, visit);
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    ten_bit_vectors(layer, row, tile0, tile1, pairs, visit);
   }
 };
 

@@ -228,24 +228,28 @@ RS_INLINE void look_up(const uint8_t* codes, int64_t size, int64_t n, __m512i ta
           first_lanes(n - j - 16 * i));
 }
 
-// A row is one run of codes when all of it has one codebook.
+// Tiles [tile0, tile1) of a row: one run of codes when they have one codebook.
 template <class Chunk, int Entries, bool Grouped, class T, class Visit>
-RS_INLINE void each_run(const Layer& layer, int64_t row, Visit visit) {
-  const int64_t runs = Grouped ? layer.tile_cols() : 1, cols = layer.in / runs;
-  const int64_t size = layer.tile_cols() / runs * layer.tile.bytes;
-  for (int64_t run = 0; run < runs; ++run) {
-    const float* book = layer.params[0] + (Grouped ? (row * runs + run) * Entries : 0);
-    look_up<Chunk>(layer.codes + (row * runs + run) * size, size, cols,
-                   stored(repeated<Entries>(book), T{}),
+RS_INLINE void each_run(const Layer& layer, int64_t row, int64_t tile0, int64_t tile1,
+                        Visit visit) {
+  const int64_t n = layer.tile_cols(), run = Grouped ? 1 : tile1 - tile0;
+  const int64_t cols = run * layer.tile.cols, size = run * layer.tile.bytes;
+  const uint8_t* codes = layer.codes + (row * n + tile0) * layer.tile.bytes;
+  const float* book = layer.params[0] + (Grouped ? (row * n + tile0) * Entries : 0);
+  for (int64_t first = tile0 * layer.tile.cols; tile0 < tile1; tile0 += run) {
+    look_up<Chunk>(codes, size, cols, stored(repeated<Entries>(book), T{}),
                    [&](int i, int64_t j, __m512i value, __mmask16 mask)
-                       RS_LAMBDA { visit(i, run * cols + j, value, mask); });
+                       RS_LAMBDA { visit(i, first + j, value, mask); });
+    codes += size;
+    first += cols;
+    book += Grouped ? Entries : 0;
   }
 }
 
 template <class Chunk, int Entries, bool Grouped, class T>
 void decode(const Layer& layer, int64_t row0, int64_t row1, T* w) {
   for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    each_run<Chunk, Entries, Grouped, T>(layer, row,
+    each_run<Chunk, Entries, Grouped, T>(layer, row, 0, layer.tile_cols(),
                                          [&](int, int64_t j, __m512i value, __mmask16 mask)
                                              RS_LAMBDA { store_lanes(w + j, value, mask); });
 }
@@ -268,10 +272,14 @@ void sum_entries(const Layer& layer, int64_t row0, int64_t row1, const float* dw
 
 template <class Chunk, int Entries>
 struct GroupedRows {
+  static constexpr bool kGrouped = true;
+  const Layer& layer;
+
+  explicit GroupedRows(const Layer& layer) : layer(layer) {}
   template <class Visit>
-  RS_INLINE static void each(const Layer& layer, int64_t row, Visit visit) {
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
     each_run<Chunk, Entries, true, float>(
-        layer, row, [&](int i, int64_t j, __m512i value, __mmask16 mask) RS_LAMBDA {
+        layer, row, tile0, tile1, [&](int i, int64_t j, __m512i value, __mmask16 mask) RS_LAMBDA {
           visit(i, j, _mm512_castsi512_ps(value), mask);
         });
   }
@@ -348,6 +356,7 @@ void fill_groups(Row& row) {
   const int64_t group = row.tile.cols, block = GroupView<Bits>::kBlock;
   if (group < block || !std::has_single_bit(static_cast<uint64_t>(group))) return;
   row.linear = group_linear<Bits>;
+  row.linear_max_m = 2 * kMaxBatch;
   row.linear_type = "16-bit codebooks and activations per row";
 }
 
@@ -362,8 +371,8 @@ void fill(Row& row, bool grouped) {
     row.adjoint = adjoint<Chunk, kEntries>;
     return fill_linear<View>(row);
   }
-  row.linear = grouped_linear<Chunk, kEntries>;
-  row.linear_max_m = 2 * kMaxBatch;
+  // Between, AVX2 has less to do for a group.
+  if (kEntries == 2 || row.tile.cols == 16) row.linear = grouped_linear<Chunk, kEntries>;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace rs {
 namespace {
 
 struct UltraRows {
+  static constexpr bool kGrouped = false;
   const Layer& layer;
   VectorTable<Ultra::kVectors, 4> vectors;
 
@@ -23,8 +24,8 @@ struct UltraRows {
     }
   }
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    ten_bit_vectors(layer, row, vectors, visit);
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    ten_bit_vectors(layer, row, tile0, tile1, vectors, visit);
   }
 };
 

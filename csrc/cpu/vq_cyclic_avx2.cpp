@@ -13,6 +13,7 @@ namespace {
 // Block 0: a multiple of 8 up to 32.
 template <int Block>
 struct VectorRows {
+  static constexpr bool kGrouped = false;
   static constexpr int kWidth = Block ? Block : 32;
   const Layer& layer;
   VectorTable<kVqCodes, kWidth> words;
@@ -33,9 +34,8 @@ struct VectorRows {
   }
 
   template <class Visit>
-  RS_INLINE void each(int64_t row, Visit visit) const {
-    const int64_t tiles = layer.tile_cols();
-    const uint8_t* tile = layer.codes + row * tiles * 3;
+  RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
+    const uint8_t* tile = layer.codes + (row * layer.tile_cols() + tile0) * 3;
     const auto one = [&](int i, int64_t j, uint32_t codes) RS_LAMBDA {
       if constexpr (Block == 4) {
         constexpr uint32_t kMask = 63 * 16;
@@ -51,12 +51,12 @@ struct VectorRows {
     };
     const int64_t cols = layer.tile.cols;
     // Four bytes are read for a tile: those of a row's last may not be there.
-    int64_t t = 0;
-    for (; t + 2 < tiles; t += 2, tile += 6) {
+    int64_t t = tile0;
+    for (; t + 2 < tile1; t += 2, tile += 6) {
       one(0, t * cols, load_word(tile));
       one(2, (t + 1) * cols, load_word(tile + 3));
     }
-    for (; t < tiles; ++t, tile += 3)
+    for (; t < tile1; ++t, tile += 3)
       one(0, t * cols,
           tile[0] | static_cast<uint32_t>(tile[1]) << 8 | static_cast<uint32_t>(tile[2]) << 16);
   }
