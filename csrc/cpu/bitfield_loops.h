@@ -160,7 +160,7 @@ RS_INLINE void add_strip(const uint8_t* tile, int64_t n, const float* table, con
 template <class Codec, int Block>
 void multiply_one(const Layer& layer, const typename Codec::Tables& tables, const float* x,
                   int64_t row0, int64_t row1, float* y) {
-  constexpr int kTiles = 4 / Codec::kCodes;
+  constexpr int kTiles = 4 / Codec::kCodes, kAhead = 2048;  // bytes of software prefetch
   using Vector = typename Side<Block>::Vector;
   using Stored = typename Side<Block>::Stored;
   const float *table = tables.value, *cosine = tables.cosine, *basis = tables.basis;
@@ -180,9 +180,11 @@ void multiply_one(const Layer& layer, const typename Codec::Tables& tables, cons
       tile += Codec::kBytes;
     };
     int64_t t = 0;
-    for (; t + kTiles <= tiles; t += kTiles)
+    for (; t + kTiles <= tiles; t += kTiles) {
+      __builtin_prefetch(tile + kAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < kTiles; ++i) add_tile(i);
+    }
     for (; t < tiles; ++t) add_tile(0);
     const Vector sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float total = 0;
