@@ -61,10 +61,8 @@ void float_product(const Layer& layer, const float* x, int64_t m, float* y, int6
     for (int64_t t = 0; t < tiles; t += strip)
       for (int r = 0; r < kRows && row + r < row1; ++r) {
         __m256 sums[kSums][B];
-        if (kStrips) {
-          const int64_t next = (row + r) * tiles + t + strip;
-          prefetch_tiles(layer, next, next + strip);
-        }
+        const int64_t next = (row + r) * tiles + t + strip;
+        prefetch_tiles(layer, next, next + strip);
 #pragma GCC unroll 4
         for (int i = 0; i < kSums; ++i)
 #pragma GCC unroll 8
