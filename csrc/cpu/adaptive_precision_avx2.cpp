@@ -10,8 +10,7 @@
 #if RS_FAST_X86
 #include <vector>
 
-#include "integers.h"
-#include "parallel.h"
+#include "lanes.h"
 
 namespace rs {
 namespace {
@@ -158,6 +157,7 @@ void product(const Layer& layer, const GroupActivations& x, int64_t m, uint8_t* 
   for (int64_t row = row0; row < row1; ++row) {
     const int16_t* values = x.values.get();
     const float* sums = x.sums.get();
+    prefetch_tiles(layer, (row + 1) * n, (row + 2) * n);
     __m256 total[kSums][B], rest = _mm256_setzero_ps();
     for (auto& of : total)
       for (__m256& sum : of) sum = _mm256_setzero_ps();

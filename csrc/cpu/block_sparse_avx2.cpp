@@ -40,40 +40,41 @@ void decode_square(const Layer& layer, int64_t row0, int64_t row1, float* w) {
     }
 }
 
-// Rows of x times a row of tiles, halves [Half, Half + Halves) of it.
-template <class Tiles, int B, int Half, int Halves>
-RS_INLINE void square_product(const Tiles& tiles, const Layer& layer, const float* x, int64_t m,
-                              float* y, int64_t row) {
+// B rows of x times a row of tiles, as they are stored: the scale comes last.
+template <class Tiles, int B>
+RS_INLINE void square_product(const Tiles& tiles, const Layer& layer, const RowStarts<B>& from,
+                              int64_t m, float* y, int64_t row) {
   constexpr int kSums = B == 1 ? 2 : 1;  // independent, so that additions need not wait
   const int64_t n = layer.tile_cols();
   const uint8_t* tile = layer.codes + row / 4 * n * Tiles::kBytes;
-  __m256 total[kSums][Halves][B];
+  __m256 total[kSums][2][B];
   for (auto& halves : total)
     for (auto& sums : halves)
       for (__m256& sum : sums) sum = _mm256_setzero_ps();
   const auto add = [&](int i, int64_t c) RS_LAMBDA {
     const __m256 values = four_values<Tiles>(tile);
-    __m256 w[Halves];
-    for (int h = 0; h < Halves; ++h) w[h] = two_rows(values, tiles.of(tile, Half + h));
+    const __m256 first = two_rows(values, tiles.of(tile, 0));
+    const __m256 second = two_rows(values, tiles.of(tile, 1));
+#pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      const float* from = x + (b < m ? b : m - 1) * layer.in + 4 * c;
-      const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
-      for (int h = 0; h < Halves; ++h) total[i][h][b] = _mm256_fmadd_ps(w[h], v, total[i][h][b]);
+      const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from.at[b] + 4 * c));
+      total[i][0][b] = _mm256_fmadd_ps(first, v, total[i][0][b]);
+      total[i][1][b] = _mm256_fmadd_ps(second, v, total[i][1][b]);
     }
     tile += Tiles::kBytes;
   };
   int64_t c = 0;
   for (; c + kSums <= n; c += kSums)
+#pragma GCC unroll 2
     for (int i = 0; i < kSums; ++i) add(i, c + i);
   if (c < n) add(0, c);
-  for (int h = 0; h < Halves; ++h)
-    for (int b = 0; b < B; ++b) {
+  for (int h = 0; h < 2; ++h)
+    for (int b = 0; b < B && b < m; ++b) {
       for (int i = 1; i < kSums; ++i)
         total[0][h][b] = _mm256_add_ps(total[0][h][b], total[i][h][b]);
       __m256 s = _mm256_hadd_ps(total[0][h][b], total[0][h][b]);
       s = _mm256_hadd_ps(s, s);
-      if (b >= m) continue;
-      float* to = y + b * layer.out + row + 2 * (Half + h);
+      float* to = y + b * layer.out + row + 2 * h;
       to[0] = _mm256_cvtss_f32(s) * layer.params[0][0];
       to[1] = _mm_cvtss_f32(_mm256_extractf128_ps(s, 1)) * layer.params[0][0];
     }
@@ -82,14 +83,16 @@ RS_INLINE void square_product(const Tiles& tiles, const Layer& layer, const floa
 template <class Tiles, int B>
 void square_products(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
                      int64_t row1) {
+  constexpr int kMost = std::min(B, 4);  // rows of x whose sums are in registers
   const Tiles tiles(layer);
-  for (int64_t row = row0; row < row1; row += 4)
-    if constexpr (B <= 4) {
-      square_product<Tiles, B, 0, 2>(tiles, layer, x, m, y, row);
-    } else {  // the sums of one half fill the registers
-      square_product<Tiles, B, 0, 1>(tiles, layer, x, m, y, row);
-      square_product<Tiles, B, 1, 1>(tiles, layer, x, m, y, row);
+  const int64_t n = layer.tile_cols();
+  for (int64_t row = row0; row < row1; row += 4) {
+    prefetch_tiles(layer, (row / 4 + 1) * n, (row / 4 + 2) * n);
+    for (int64_t b = 0; b < m; b += kMost) {
+      const RowStarts<kMost> from(x + b * layer.in, m - b, layer.in);
+      square_product(tiles, layer, from, m - b, y + b * layer.out, row);
     }
+  }
 }
 template <class Tiles>
 constexpr FloatKernel kSquareKernels[4] = {square_products<Tiles, 1>, square_products<Tiles, 2>,

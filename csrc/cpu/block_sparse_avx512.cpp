@@ -59,6 +59,7 @@ void square_product(const Layer& layer, const float* x, int64_t m, float* y, int
   const int64_t n = layer.tile_cols();
   for (int64_t row = row0; row < row1; row += 4) {
     const uint8_t* tile = layer.codes + row / 4 * n * Tiles::kBytes;
+    prefetch_tiles(layer, (row / 4 + 1) * n, (row / 4 + 2) * n);
     __m512 total[kSums][B];
     for (auto& sums : total)
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
