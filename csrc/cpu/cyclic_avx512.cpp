@@ -35,25 +35,32 @@ RS_INLINE __m512i load_some(const uint8_t* codes, int64_t bytes) {
 struct Pair {
   __m512i level, index;
 };
-RS_INLINE Pair fields(Cyclic16Word, const uint8_t* codes, int64_t left) {
-  const __m512i w = load_some(codes, 2 * left);
+RS_INLINE Pair fields(Cyclic16Word, __m512i w) {
   return {level_of(_mm512_srli_epi16(w, 12), _mm512_and_si512(w, _mm512_set1_epi16(15))),
           _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(255))};
 }
-RS_INLINE Pair fields(CyclicCompoundWord, const uint8_t* codes, int64_t left) {
-  const __m512i w = load_some(codes, 2 * left);
+RS_INLINE Pair fields(CyclicCompoundWord, __m512i w) {
   const __m512i amp = _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(63));
   return {level_of(turn_of(w), amp), _mm512_and_si512(w, _mm512_set1_epi16(15))};
 }
-RS_INLINE Pair fields(Cyclic32Word, const uint8_t* codes, int64_t left) {
+// The lower and upper halves of 32 codes.
+RS_INLINE Pair fields(Cyclic32Word, __m512i low, __m512i high) {
+  return {level_of(turn_of(high), _mm512_srli_epi16(low, 8)),
+          _mm512_and_si512(low, _mm512_set1_epi16(255))};
+}
+
+template <class Word>
+RS_INLINE Pair fields(Word word, const uint8_t* codes, int64_t left) {
+  return fields(word, load_some(codes, 2 * left));
+}
+RS_INLINE Pair fields(Cyclic32Word word, const uint8_t* codes, int64_t left) {
   const __m512i a = load_some(codes, 4 * left), b = load_some(codes + 64, 4 * left - 64);
   const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
                                          _mm512_cvtepi32_epi16(b), 1);
   const __m512i high =
       _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))),
                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)), 1);
-  return {level_of(turn_of(high), _mm512_srli_epi16(low, 8)),
-          _mm512_and_si512(low, _mm512_set1_epi16(255))};
+  return fields(word, low, high);
 }
 
 RS_INLINE void cut(__m512i whole, Part* parts) {
@@ -140,6 +147,7 @@ struct Side<32> {
 }  // namespace rs
 
 #include "cyclic_loops.h"
+#include "cyclic_registers_avx512.h"
 
 namespace rs {
 namespace {
@@ -166,7 +174,7 @@ namespace {
 template <class Word>
 CyclicSums sums_for(int lanes) {
   constexpr int kWide = kMostParts<Word> < 2 ? 1 : 2;
-  return lanes == 1    ? sums_of_one<Word>
+  return lanes == 1    ? sums_in_registers<Word>
          : lanes == 8  ? sums_of_lanes<Word, 8, 1>
          : lanes == 16 ? sums_of_lanes<Word, 16, 1>
                        : sums_of_lanes<Word, 32, kWide>;
