@@ -158,12 +158,12 @@ namespace rs {
 namespace {
 
 template <class Word>
-CyclicSums sums_for(int lanes) {
-  return lanes == 1    ? sums_of_one<Word>
-         : lanes == 8  ? sums_of_lanes<Word, 8, 1>
-         : lanes == 16 ? sums_of_lanes<Word, 16, 1>
-                       : nullptr;
+CyclicKernel kernel_for(int64_t batch) {
+  if (batch <= 1) return {sums_of_one<Word>, 1, true};
+  if (batch <= 8) return {sums_of_lanes<Word, 8, 1>, 8, false};
+  return {sums_of_lanes<Word, 16, 1>, 16, false};
 }
+
 }  // namespace
 
 void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
@@ -171,11 +171,15 @@ void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t*
   scatter(level, bin, g, rows, bins);
 }
 
-CyclicSums cyclic_sums_avx2(Cyclic16Word, int lanes) { return sums_for<Cyclic16Word>(lanes); }
-CyclicSums cyclic_sums_avx2(CyclicCompoundWord, int lanes) {
-  return sums_for<CyclicCompoundWord>(lanes);
+CyclicKernel cyclic_kernel_avx2(Cyclic16Word, int64_t batch) {
+  return kernel_for<Cyclic16Word>(batch);
 }
-CyclicSums cyclic_sums_avx2(Cyclic32Word, int lanes) { return sums_for<Cyclic32Word>(lanes); }
+CyclicKernel cyclic_kernel_avx2(CyclicCompoundWord, int64_t batch) {
+  return kernel_for<CyclicCompoundWord>(batch);
+}
+CyclicKernel cyclic_kernel_avx2(Cyclic32Word, int64_t batch) {
+  return kernel_for<Cyclic32Word>(batch);
+}
 
 }  // namespace rs
 #endif

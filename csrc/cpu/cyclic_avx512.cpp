@@ -79,51 +79,22 @@ RS_INLINE void take_apart(Word word, const uint8_t* codes, int64_t left, Part* l
 RS_INLINE void add_wide(int64_t* sums, __m512i more) {
   _mm512_storeu_si512(sums, _mm512_add_epi64(load(sums), more));
 }
+// sums[16] += s, or s + 256 high
+RS_INLINE void add_to(int64_t* sums, __m512i s) {
+  add_wide(sums, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(s)));
+  add_wide(sums + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(s, 1)));
+}
+RS_INLINE void add_to(int64_t* sums, __m512i s, __m512i high) {
+  const auto wide = [](__m256i low, __m256i upper) RS_LAMBDA {
+    return _mm512_add_epi64(_mm512_cvtepi32_epi64(low),
+                            _mm512_slli_epi64(_mm512_cvtepi32_epi64(upper), 8));
+  };
+  add_wide(sums, wide(_mm512_castsi512_si256(s), _mm512_castsi512_si256(high)));
+  add_wide(sums + 8, wide(_mm512_extracti64x4_epi64(s, 1), _mm512_extracti64x4_epi64(high, 1)));
+}
 
 template <int Lanes>
 struct Side;
-template <>
-struct Side<8> {
-  using Words = __m128i;
-  RS_INLINE static Words zero() { return _mm_setzero_si128(); }
-  RS_INLINE static Words load(const void* p) {
-    return _mm_loadu_si128(static_cast<const __m128i*>(p));
-  }
-  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm_unpacklo_epi16(a, b); }
-  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm_unpackhi_epi16(a, b); }
-  RS_INLINE static Words pair(int32_t words) { return _mm_set1_epi32(words); }
-  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
-    return _mm_dpwssd_epi32(sum, a, b);
-  }
-  RS_INLINE static void add(int64_t* sums, __m256i more) {
-    auto* to = reinterpret_cast<__m256i*>(sums);
-    _mm256_storeu_si256(to, _mm256_add_epi64(_mm256_loadu_si256(to), more));
-  }
-  RS_INLINE static void add_to(int64_t* sums, Words s) { add(sums, _mm256_cvtepi32_epi64(s)); }
-  RS_INLINE static void add_to(int64_t* sums, Words low, Words high) {
-    add(sums, _mm256_add_epi64(_mm256_cvtepi32_epi64(low),
-                               _mm256_slli_epi64(_mm256_cvtepi32_epi64(high), 8)));
-  }
-};
-template <>
-struct Side<16> {
-  using Words = __m256i;
-  RS_INLINE static Words zero() { return _mm256_setzero_si256(); }
-  RS_INLINE static Words load(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
-  RS_INLINE static Words unpack_low(Words a, Words b) { return _mm256_unpacklo_epi16(a, b); }
-  RS_INLINE static Words unpack_high(Words a, Words b) { return _mm256_unpackhi_epi16(a, b); }
-  RS_INLINE static Words pair(int32_t words) { return _mm256_set1_epi32(words); }
-  RS_INLINE static Words add_products(Words sum, Words a, Words b) {
-    return _mm256_dpwssd_epi32(sum, a, b);
-  }
-  RS_INLINE static void add_to(int64_t* sums, Words s) { add_wide(sums, _mm512_cvtepi32_epi64(s)); }
-  RS_INLINE static void add_to(int64_t* sums, Words low, Words high) {
-    add_wide(sums, _mm512_add_epi64(_mm512_cvtepi32_epi64(low),
-                                    _mm512_slli_epi64(_mm512_cvtepi32_epi64(high), 8)));
-  }
-};
 template <>
 struct Side<32> {
   using Words = __m512i;
@@ -137,9 +108,7 @@ struct Side<32> {
   }
   template <class... More>
   RS_INLINE static void add_to(int64_t* sums, Words s, More... high) {
-    Side<16>::add_to(sums, _mm512_castsi512_si256(s), _mm512_castsi512_si256(high)...);
-    Side<16>::add_to(sums + 8, _mm512_extracti64x4_epi64(s, 1),
-                     _mm512_extracti64x4_epi64(high, 1)...);
+    rs::add_to(sums, s, high...);
   }
 };
 
@@ -171,14 +140,15 @@ void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t 
 namespace rs {
 namespace {
 
+constexpr int kMostApart = 16;  // rows of x; for more, lookups in memory bring all at once
+
 template <class Word>
-CyclicSums sums_for(int lanes) {
+CyclicKernel kernel_for(int64_t batch) {
   constexpr int kWide = kMostParts<Word> < 2 ? 1 : 2;
-  return lanes == 1    ? sums_in_registers<Word>
-         : lanes == 8  ? sums_of_lanes<Word, 8, 1>
-         : lanes == 16 ? sums_of_lanes<Word, 16, 1>
-                       : sums_of_lanes<Word, 32, kWide>;
+  if (batch <= kMostApart) return {sums_in_registers<Word>, static_cast<int>(batch), true};
+  return {sums_of_lanes<Word, 32, kWide>, 32, false};
 }
+
 }  // namespace
 
 void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
@@ -186,11 +156,15 @@ void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_
   scatter(level, bin, g, rows, bins);
 }
 
-CyclicSums cyclic_sums_avx512(Cyclic16Word, int lanes) { return sums_for<Cyclic16Word>(lanes); }
-CyclicSums cyclic_sums_avx512(CyclicCompoundWord, int lanes) {
-  return sums_for<CyclicCompoundWord>(lanes);
+CyclicKernel cyclic_kernel_avx512(Cyclic16Word, int64_t batch) {
+  return kernel_for<Cyclic16Word>(batch);
 }
-CyclicSums cyclic_sums_avx512(Cyclic32Word, int lanes) { return sums_for<Cyclic32Word>(lanes); }
+CyclicKernel cyclic_kernel_avx512(CyclicCompoundWord, int64_t batch) {
+  return kernel_for<CyclicCompoundWord>(batch);
+}
+CyclicKernel cyclic_kernel_avx512(Cyclic32Word, int64_t batch) {
+  return kernel_for<Cyclic32Word>(batch);
+}
 
 }  // namespace rs
 #endif

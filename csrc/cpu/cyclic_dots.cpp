@@ -110,8 +110,9 @@ CyclicDots::CyclicDots(const Layer& layer, int64_t vectors, bool integers, int m
       static_cast<size_t>(round_up(columns_, kCyclicStrip) * vectors * most_lanes));
 }
 
-void CyclicDots::fill(const float* x, int batch, int lanes) {
-  const int64_t in = columns_ * block_;
+void CyclicDots::fill(const float* x, int batch, int lanes, bool apart) {
+  const int64_t in = columns_ * block_, padded = round_up(columns_, kCyclicStrip);
+  const auto lane = [&](int b) { return apart ? b : cyclic_lane(b, lanes); };
   rows_ = x;
   wide_ = 0;
   if (integers_) {
@@ -124,13 +125,13 @@ void CyclicDots::fill(const float* x, int batch, int lanes) {
       const Quantum quantum(x + b * in, in, kByteTop);
       const std::vector<float> q = to_bytes(x + b * in, in, quantum);
       std::copy(q.begin(), q.end(), bytes_.begin() + b * in);
-      inverse_[cyclic_lane(b, lanes)] = 1;
+      inverse_[lane(b)] = 1;
       unit_[b] = double{quantum.unit} * basis_unit_;
     } else {
       // No dot product is longer than the longest block of x times the longest vector.
       const auto most = static_cast<float>(longest(x + b * in, columns_, block_) * longest_);
       const Quantum quantum(&most, 1, kCyclicTop);
-      inverse_[cyclic_lane(b, lanes)] = quantum.inverse;
+      inverse_[lane(b)] = quantum.inverse;
       unit_[b] = quantum.unit;
     }
   }
@@ -139,23 +140,26 @@ void CyclicDots::fill(const float* x, int batch, int lanes) {
     std::vector<float> side(static_cast<size_t>(block_ * lanes));
     float peak[kCyclicMostLanes];
     for (int64_t c = begin; c < end; ++c) {
-      int16_t* words = table_.get() + c * vectors_ * lanes;
-      if (lanes == 1) {
-        peak[0] =
-            dots_of_row(rows_ + c * block_, turned_.data(), block_, vectors_, inverse_[0], words);
+      if (apart) {
+        for (int b = 0; b < batch; ++b)
+          peak[b] = dots_of_row(rows_ + b * in + c * block_, turned_.data(), block_, vectors_,
+                                inverse_[b], table_.get() + (b * padded + c) * vectors_);
       } else {
+        int16_t* words = table_.get() + c * vectors_ * lanes;
         for (int b = 0; b < batch; ++b)
           for (int64_t j = 0; j < block_; ++j)
-            side[j * lanes + cyclic_lane(b, lanes)] = rows_[b * in + c * block_ + j];
+            side[j * lanes + lane(b)] = rows_[b * in + c * block_ + j];
         dots_of_lanes(side.data(), basis_.data(), block_, vectors_, lanes, inverse_, peak, words);
       }
       if (integers_)
         for (int b = 0; b < batch; ++b)
-          if (!(peak[cyclic_lane(b, lanes)] <= kCyclicTop)) wide |= uint32_t{1} << b;
+          if (!(peak[lane(b)] <= kCyclicTop)) wide |= uint32_t{1} << b;
     }
   });
-  std::fill(table_.get() + columns_ * vectors_ * lanes,
-            table_.get() + round_up(columns_, kCyclicStrip) * vectors_ * lanes, int16_t{0});
+  const int64_t tables = apart ? batch : 1, width = vectors_ * (apart ? 1 : lanes);
+  for (int64_t b = 0; b < tables; ++b)
+    std::fill(table_.get() + (b * padded + columns_) * width,
+              table_.get() + (b + 1) * padded * width, int16_t{0});
   wide_ = !integers_ ? 0 : block_ > kLongestExact ? ~uint32_t{0} : wide.load();
 }
 

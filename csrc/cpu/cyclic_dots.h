@@ -10,13 +10,13 @@
 
 namespace rs {
 
-// The dot products of up to kCyclicMostLanes rows of x, [column][vector][lane].
+// The dot products of up to kCyclicMostLanes rows of x, in either order of a table.
 class CyclicDots {
  public:
   CyclicDots(const Layer& layer, int64_t vectors, bool integers, int most_lanes);
 
   // Of rows [0, batch) of x (batch, in).
-  void fill(const float* x, int batch, int lanes);
+  void fill(const float* x, int batch, int lanes, bool apart);
 
   const int16_t* table() const { return table_.get(); }
   // y ~ sum * unit, not counting the unit of the levels.

@@ -69,7 +69,7 @@ RS_INLINE int64_t sum_of(const uint64_t* at, const Part* level, const int16_t* t
 
 template <class Word>
 void sums_of_one(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                 const int16_t* table, int64_t* sums) {
+                 const int16_t* table, int, int64_t* sums) {
   constexpr int64_t kGroup = 32;  // rows taken apart before they are looked up
   Part level[kGroup][4], index[4];
   alignas(16) uint64_t at[kGroup][4];
@@ -134,7 +134,7 @@ void sums_of_strip(const Fields<Word, Parts>* fields, int64_t rows, const int16_
 
 template <class Word, int Lanes, int Parts>
 void sums_of_lanes(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                   const int16_t* table, int64_t* sums) {
+                   const int16_t* table, int, int64_t* sums) {
   static_assert(Parts <= kMostParts<Word>);
   constexpr int kStrips = 4 / Parts, kShift = std::countr_zero(2u * Lanes);
   const int64_t stride = rows + 1;  // of strips: not all in the same cache sets

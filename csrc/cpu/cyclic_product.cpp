@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kStrip = 32;  // columns whose tables stay in the first cache
 
 // Rows whose codes and sums stay in the second cache while all tables pass.
-constexpr int64_t row_block(int lanes) { return lanes == 1 ? 256 : 1024; }
+constexpr int64_t row_block(int lanes) { return std::clamp(128 * lanes, 256, 1024); }
 
-// The sums of one row of x, `apart` from each other, with a table of so many lanes.
+// The sums of one row of x, `apart` from each other, with a table of so many side by side.
 template <class Word, class Dot>
 void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
                   const Dot* table, int64_t lanes, int64_t* sums, int64_t apart) {
@@ -34,66 +34,57 @@ void sums_of_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t
   }
 }
 
-template <class Word, int Lanes>
+template <class Word>
 void generic_sums(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                  const int16_t* table, int64_t* sums) {
-  for (int b = 0; b < Lanes; ++b)
-    sums_of_rows<Word>(codes, row_bytes, rows, columns, table + cyclic_lane(b, Lanes), Lanes,
-                       sums + b, Lanes);
+                  const int16_t* table, int lanes, int64_t* sums) {
+  for (int b = 0; b < lanes; ++b)
+    sums_of_rows<Word>(codes, row_bytes, rows, columns,
+                       lanes == 1 ? table : table + cyclic_lane(b, lanes), lanes, sums + b, lanes);
 }
 
-// The kernel of the instruction set `I`; null where it has none for so many lanes.
 template <class Word, Isa I>
-CyclicSums sums_for(int lanes) {
+CyclicKernel kernel_for(int64_t batch) {
 #if RS_FAST_X86
-  if (I == Isa::avx512) return cyclic_sums_avx512(Word(), lanes);
-  if (I == Isa::avx2) return cyclic_sums_avx2(Word(), lanes);
+  if (I == Isa::avx512) return cyclic_kernel_avx512(Word(), batch);
+  if (I == Isa::avx2) return cyclic_kernel_avx2(Word(), batch);
 #endif
-  return lanes == 1 ? generic_sums<Word, 1> : lanes == 8 ? generic_sums<Word, 8> : nullptr;
-}
-
-// The fewest lanes that hold the batch, or else the most there are.
-template <class Word, Isa I>
-int lanes_for(int64_t batch) {
-  int lanes = 1;
-  for (const int more : {8, 16, 32})
-    if (lanes < batch && sums_for<Word, I>(more)) lanes = more;
-  return lanes;
+  return {generic_sums<Word>, batch > 1 ? 8 : 1, batch <= 1};
 }
 
 template <class Word, bool Integers, Isa I>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
   const int64_t columns = layer.tile_cols(), row_bytes = columns * Word::kBytes;
-  CyclicDots dots(layer, Word::kVectors, Integers, lanes_for<Word, I>(m));
+  CyclicDots dots(layer, Word::kVectors, Integers, kernel_for<Word, I>(m).lanes);
   for (int64_t b0 = 0; b0 < m;) {
-    const int lanes = lanes_for<Word, I>(m - b0);
+    const auto [sums_of, lanes, apart] = kernel_for<Word, I>(m - b0);
     const auto batch = static_cast<int>(std::min<int64_t>(lanes, m - b0));
-    dots.fill(x + b0 * layer.in, batch, lanes);
+    dots.fill(x + b0 * layer.in, batch, lanes, apart);
     std::vector<std::vector<int32_t>> wide(static_cast<size_t>(batch));
     for (int b = 0; b < batch; ++b)
       if (dots.is_wide(b)) wide[b] = dots.wide_table(b);
-    const CyclicSums sums_of = sums_for<Word, I>(lanes);
-    parallel_for(layer.out, row_grain(layer.out, layer.in), [&](int64_t begin, int64_t end) {
-      const int64_t block = row_block(lanes);
-      std::vector<int64_t> sums(static_cast<size_t>(block * lanes));
-      for (int64_t r = begin; r < end; r += block) {
-        const int64_t rows = std::min(block, end - r);
-        const uint8_t* codes = layer.codes + r * row_bytes;
-        sums_of(codes, row_bytes, rows, columns, dots.table(), sums.data());
-        for (int b = 0; b < batch; ++b)
-          if (dots.is_wide(b))
-            sums_of_rows<Word>(codes, row_bytes, rows, columns, wide[b].data(), 1, sums.data() + b,
-                               lanes);
-        constexpr int64_t kTurned = 16;  // rows at a time: their sums stay in the first cache
-        for (int64_t i0 = 0; i0 < rows; i0 += kTurned)
-          for (int b = 0; b < batch; ++b) {
-            const double unit = dots.unit(b) / (1 << Word::kShift);
-            float* to = y + (b0 + b) * layer.out + r;
-            for (int64_t i = i0; i < std::min(rows, i0 + kTurned); ++i)
-              to[i] = static_cast<float>(static_cast<double>(sums[i * lanes + b]) * unit);
+    parallel_for(
+        layer.out, row_grain(layer.out, layer.in),
+        [&, sums_of = sums_of, lanes = lanes, apart = apart](int64_t begin, int64_t end) {
+          const int64_t block = row_block(lanes);
+          std::vector<int64_t> sums(static_cast<size_t>(block * lanes));
+          for (int64_t r = begin; r < end; r += block) {
+            const int64_t rows = std::min(block, end - r);
+            const uint8_t* codes = layer.codes + r * row_bytes;
+            sums_of(codes, row_bytes, rows, columns, dots.table(), lanes, sums.data());
+            for (int b = 0; b < batch; ++b)
+              if (dots.is_wide(b))
+                sums_of_rows<Word>(codes, row_bytes, rows, columns, wide[b].data(), 1,
+                                   sums.data() + b, lanes);
+            constexpr int64_t kTurned = 16;  // rows at a time: their sums stay in the first cache
+            for (int64_t i0 = 0; i0 < rows; i0 += kTurned)
+              for (int b = 0; b < batch; ++b) {
+                const double unit = dots.unit(b) / (1 << Word::kShift);
+                float* to = y + (b0 + b) * layer.out + r;
+                for (int64_t i = i0; i < std::min(rows, i0 + kTurned); ++i)
+                  to[i] = static_cast<float>(static_cast<double>(sums[i * lanes + b]) * unit);
+              }
           }
-      }
-    });
+        });
     b0 += batch;
   }
 }

@@ -18,28 +18,33 @@ namespace rs {
 constexpr int kCyclicTop = 32512;
 constexpr int64_t kCyclicStrip = 32;  // tables go on with zeros up to a multiple of so many columns
 
-// A table holds the dot products of 1, 8, 16 or 32 rows of x side by side, row b in the lane to
-// which unpacking neighbouring columns' words and adding them in pairs returns it.
+// A table holds the dot products of up to so many rows of x, apart, [row][column][vector], or side
+// by side, [column][vector][lane]: of 8, 16 or 32 rows, row b in the lane to which unpacking
+// neighbouring columns' words and adding them in pairs returns it.
 constexpr int kCyclicMostLanes = 32;
 constexpr int cyclic_lane(int b, int lanes) {
-  if (lanes == 1) return 0;
   const int half = lanes / 2, at = b % half;
   return 4 * (2 * (at / 4) + b / half) + at % 4;
 }
 
 // sums[r * lanes + b] = sum over columns c of
-//     level(code) * table[(c * kVectors + index(code)) * lanes + cyclic_lane(b, lanes)]
+//     level(code) * dot product of row b's column c and vector index(code), from the table
 // for the codes of row r at codes + r * row_bytes.
 using CyclicSums = void (*)(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                            const int16_t* table, int64_t* sums);
+                            const int16_t* table, int lanes, int64_t* sums);
+struct CyclicKernel {
+  CyclicSums sums;
+  int lanes;   // rows of x, at most
+  bool apart;  // the table's order
+};
 
-// The kernel for a word, told by the tag, and so many lanes. Null: there is none.
-CyclicSums cyclic_sums_avx2(Cyclic16Word, int lanes);
-CyclicSums cyclic_sums_avx2(CyclicCompoundWord, int lanes);
-CyclicSums cyclic_sums_avx2(Cyclic32Word, int lanes);
-CyclicSums cyclic_sums_avx512(Cyclic16Word, int lanes);
-CyclicSums cyclic_sums_avx512(CyclicCompoundWord, int lanes);
-CyclicSums cyclic_sums_avx512(Cyclic32Word, int lanes);
+// The kernel for the first rows of a batch; its word is told by the tag.
+CyclicKernel cyclic_kernel_avx2(Cyclic16Word, int64_t batch);
+CyclicKernel cyclic_kernel_avx2(CyclicCompoundWord, int64_t batch);
+CyclicKernel cyclic_kernel_avx2(Cyclic32Word, int64_t batch);
+CyclicKernel cyclic_kernel_avx512(Cyclic16Word, int64_t batch);
+CyclicKernel cyclic_kernel_avx512(CyclicCompoundWord, int64_t batch);
+CyclicKernel cyclic_kernel_avx512(Cyclic32Word, int64_t batch);
 
 // bins[bin[r]][lane] += level[r] * g[r][lane] for all rows r, kCyclicLanes of the batch at once.
 constexpr int kCyclicLanes = 16;

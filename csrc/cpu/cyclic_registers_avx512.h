@@ -1,6 +1,6 @@
-// Sums of cyclic codes of one row of x, the dot products looked up in registers: a column's table
-// is four registers of lower and four of upper bytes, and 64 rows of codes meet it at once.
-// Included behind cyclic_loops.h, so internal to its file.
+// Sums of cyclic codes whose dot products are looked up in registers: a column's table is four
+// registers of lower and four of upper bytes, and 64 rows of codes meet it at once. Tables of rows
+// of x lie apart. Included behind cyclic_loops.h, so internal to its file.
 //
 //   turn     the codes of 16 rows and a strip of columns become pairs of neighbouring columns by
 //            rows: 16 rows to a register, a pair to its 32-bit lanes
@@ -50,14 +50,14 @@ RS_INLINE void transpose(__m512i* r) {
   }
 }
 
-// Sixteen rows' codes, `left` columns of which are there; those of rows from `rows` on are zero.
+// A strip of sixteen rows, of which `bytes` are there; rows from `rows` on are zero.
 RS_INLINE void load_rows(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t bytes,
                          __m512i* r) {
   for (int i = 0; i < 16; ++i) r[i] = load_some(codes + i * row_bytes, i < rows ? bytes : 0);
   transpose(r);
 }
 
-// fields of pairs of columns of 16 rows, stored 64 bytes after each other for `apart` of them.
+// Fields of a strip of 16 rows by pairs of columns.
 template <class Word>
 RS_INLINE void turn(Word word, const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t left,
                     Pair* pairs) {
@@ -122,7 +122,7 @@ constexpr ByteOrder kByteOrder;
 
 // Bytes of a column's dot products, to be looked up 64 at a time.
 template <int Vectors>
-struct Bytes256 {
+struct Lookup {
   __m512i at[4];
   RS_INLINE __m512i operator()(__m512i index) const {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index),
@@ -131,13 +131,13 @@ struct Bytes256 {
   }
 };
 template <>
-struct Bytes256<16> {
+struct Lookup<16> {
   __m512i at;
   RS_INLINE __m512i operator()(__m512i index) const { return _mm512_shuffle_epi8(at, index); }
 };
 template <int Vectors>
 struct Column {
-  Bytes256<Vectors> low, high;
+  Lookup<Vectors> low, high;
 };
 
 RS_INLINE void fill_column(const int16_t* dots, Column<256>& to) {
@@ -153,62 +153,90 @@ RS_INLINE void fill_column(const int16_t* dots, Column<16>& to) {
   to.high.at = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(_mm256_srli_epi16(words, 8)));
 }
 
-// sums[64] += the products of a strip with the dot products of its columns. Fetches a
-// strip of as many rows from `ahead` on, a few at a time: memory takes no more at once.
-template <class Word>
-RS_INLINE void add_strip(const Strip<Word>& strip, const Column<Word::kVectors>* columns,
-                         int64_t* sums, const uint8_t* ahead, int64_t row_bytes) {
+// sums[G * 64] += the products of strips of G groups of rows with the dot products of their
+// columns. With Fetch, fetches a strip of as many rows from `ahead` on, a few at a time: memory
+// takes no more.
+template <class Word, int G, bool Fetch>
+RS_INLINE void add_strips(const Strip<Word>* strips, const Column<Word::kVectors>* columns,
+                          int64_t* sums, const uint8_t* ahead = nullptr, int64_t row_bytes = 0) {
   constexpr int kMost = 4 * kMostParts<Word>;  // pairs that sum up to 32 bits
   for (int first = 0; first < kPairs; first += kMost) {
-    __m512i low[4], high[4];
+    __m512i low[G][4], high[G][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < G; ++i)
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) low[g] = high[g] = _mm512_setzero_si512();
+      for (int g = 0; g < 4; ++g) low[i][g] = high[i][g] = _mm512_setzero_si512();
     for (int d = first; d < first + kMost; ++d, columns += 2) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kGroup / kPairs; ++i, ahead += row_bytes)
+      for (int i = 0; Fetch && i < G * kGroup / kPairs; ++i, ahead += row_bytes)
         for (int at = 0; at < kCyclicStrip * Word::kBytes; at += 64)
           _mm_prefetch(ahead + at, _MM_HINT_T1);
-      __m512i words[2][2];
+      __m512i words[G][2][2];
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
-        const __m512i a = columns[c].low(strip.index[d][c]), b = columns[c].high(strip.index[d][c]);
-        words[c][0] = _mm512_unpacklo_epi8(a, b);
-        words[c][1] = _mm512_unpackhi_epi8(a, b);
+        const Column<Word::kVectors> column = columns[c];
+#pragma GCC unroll 2
+        for (int i = 0; i < G; ++i) {
+          const __m512i index = strips[i].index[d][c];
+          const __m512i a = column.low(index), b = column.high(index);
+          words[i][c][0] = _mm512_unpacklo_epi8(a, b);
+          words[i][c][1] = _mm512_unpackhi_epi8(a, b);
+        }
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < G; ++i)
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) {
-        const __m512i a = words[0][g / 2], b = words[1][g / 2];
-        const __m512i dots = g % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
-        low[g] = _mm512_dpwssd_epi32(low[g], dots, strip.level[d][g]);
-        if constexpr (kSplit<Word>) high[g] = _mm512_dpwssd_epi32(high[g], dots, strip.upper[d][g]);
-      }
+        for (int g = 0; g < 4; ++g) {
+          const __m512i a = words[i][0][g / 2], b = words[i][1][g / 2];
+          const __m512i dots = g % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+          low[i][g] = _mm512_dpwssd_epi32(low[i][g], dots, strips[i].level[d][g]);
+          if constexpr (kSplit<Word>)
+            high[i][g] = _mm512_dpwssd_epi32(high[i][g], dots, strips[i].upper[d][g]);
+        }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < G; ++i)
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g)
-      if constexpr (kSplit<Word>)
-        Side<32>::add_to(sums + 16 * g, low[g], high[g]);
-      else
-        Side<32>::add_to(sums + 16 * g, low[g]);
+      for (int g = 0; g < 4; ++g)
+        if constexpr (kSplit<Word>)
+          add_to(sums + i * kGroup + 16 * g, low[i][g], high[i][g]);
+        else
+          add_to(sums + i * kGroup + 16 * g, low[i][g]);
   }
 }
 
 template <class Word>
 void sums_in_registers(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t columns,
-                       const int16_t* table, int64_t* sums) {
+                       const int16_t* table, int lanes, int64_t* sums) {
   const int64_t groups = (rows + kGroup - 1) / kGroup;
-  const Lines<int64_t> wide(groups * kGroup);
+  const int64_t apart = (columns + kCyclicStrip - 1) / kCyclicStrip * kCyclicStrip * Word::kVectors;
+  // A strip of all rows, for the rows of x behind the first.
+  const Lines<uint8_t> room((lanes > 1 ? groups : 1) * static_cast<int64_t>(sizeof(Strip<Word>)));
+  auto* strips = reinterpret_cast<Strip<Word>*>(room.get());
+  const Lines<int64_t> wide(lanes * groups * kGroup);
   for (int64_t c = 0; c < columns; c += kCyclicStrip, table += kCyclicStrip * Word::kVectors) {
     const int64_t next = c + kCyclicStrip;
     const uint8_t* ahead = codes + (next < columns ? next * Word::kBytes : rows * row_bytes);
-    Column<Word::kVectors> looked_up[kCyclicStrip];
-    for (int i = 0; i < kCyclicStrip; ++i) fill_column(table + i * Word::kVectors, looked_up[i]);
-    for (int64_t r = 0; r < rows; r += kGroup) {
-      Strip<Word> strip;
-      fill_strip(codes + r * row_bytes + c * Word::kBytes, row_bytes, rows - r, columns - c, strip);
-      add_strip<Word>(strip, looked_up, wide.get() + r, ahead + r * row_bytes, row_bytes);
+    for (int b = 0; b < lanes; ++b) {
+      Column<Word::kVectors> looked_up[kCyclicStrip];
+      for (int i = 0; i < kCyclicStrip; ++i)
+        fill_column(table + b * apart + i * Word::kVectors, looked_up[i]);
+      int64_t* to = wide.get() + b * groups * kGroup;
+      int64_t g = 0;
+      for (; b == 0 && g < groups; ++g) {
+        const int64_t r = g * kGroup;
+        Strip<Word>& strip = strips[lanes > 1 ? g : 0];
+        fill_strip(codes + r * row_bytes + c * Word::kBytes, row_bytes, rows - r, columns - c,
+                   strip);
+        add_strips<Word, 1, true>(&strip, looked_up, to + r, ahead + r * row_bytes, row_bytes);
+      }
+      for (; g + 2 <= groups; g += 2)
+        add_strips<Word, 2, false>(strips + g, looked_up, to + g * kGroup);
+      if (g < groups) add_strips<Word, 1, false>(strips + g, looked_up, to + g * kGroup);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) sums[r] = wide[r];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int b = 0; b < lanes; ++b) sums[r * lanes + b] = wide[b * groups * kGroup + r];
 }
 
 }  // namespace
