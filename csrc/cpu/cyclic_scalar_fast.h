@@ -7,7 +7,7 @@
 
 namespace rs {
 
-// Activations by steps of `step` columns: values[(step * batch + row) * columns + place].
+// Activations by steps of so many columns: values[(column / step * batch + row) * step + place].
 struct StepActivations {
   int batch;
   Lines<int16_t> values;

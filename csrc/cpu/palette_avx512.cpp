@@ -5,7 +5,8 @@
 //          nothing. Words of 3 dense bits are cut by vpermb and vpmultishiftqb. Codes of a pair are
 //          in 32-bit lanes, where vpermi2d finds two int16 entries at once.
 //          Codebooks of groups of 128 * 2^n weights of 3 or 4 bits become int16 as they are met, in
-//          units of a power of two of each; others are looked up in float32, as decode does.
+//          units of a power of two of each; of 16 weights or 1 bit they are looked up in float32,
+//          as decode does, and others are left to AVX2.
 // adjoint  of one codebook: codes as in decode, sums by code in registers.
 // decode   the bytes that hold a code by vpermb into 32-bit lanes, shifted by lane, looked up.
 #include "fast.h"
@@ -371,7 +372,7 @@ void fill(Row& row, bool grouped) {
     row.adjoint = adjoint<Chunk, kEntries>;
     return fill_linear<View>(row);
   }
-  // Between, AVX2 has less to do for a group.
+  // Of others, the product on AVX2 has less to do for each group.
   if (kEntries == 2 || row.tile.cols == 16) row.linear = grouped_linear<Chunk, kEntries>;
 }
 
