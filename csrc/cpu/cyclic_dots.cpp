@@ -6,11 +6,11 @@
 #include "clones.h"
 #include "cyclic_product.h"
 #include "parallel.h"
+#include "widths.h"
 
 namespace rs {
 namespace {
 
-constexpr int64_t kMostVectors = 256;
 constexpr int kByteTop = 127;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its low sixteen bits are zero
 // Sums of so many products of bytes are exact in float32.
@@ -27,20 +27,42 @@ double longest(const float* x, int64_t n, int64_t length) {
   return std::sqrt(most);
 }
 
-// words[k] of one row of x, by a basis (block, vectors). Returns the largest dot product.
-RS_CLONES float dots_of_row(const float* x, const float* turned, int64_t block, int64_t vectors,
-                            float inverse, int16_t* words) {
-  float dots[kMostVectors];
-  for (int64_t k = 0; k < vectors; ++k) dots[k] = x[0] * turned[k];
+// words[V * L] of one row of x, by as many columns of a basis (block, vectors). Keeps the largest
+// dot products' bits, in which NaN is above infinity.
+template <int L, int V>
+RS_INLINE void dots_of_tile(const float* x, const float* turned, int64_t block, int64_t vectors,
+                            float inverse, VectorOf<int32_t, L>& most, int16_t* words) {
+  VectorOf<float, L> dots[V];
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) dots[i] = x[0] * at<float, L>(turned + i * L);
   for (int64_t j = 1; j < block; ++j)
-    for (int64_t k = 0; k < vectors; ++k) dots[k] += x[j] * turned[j * vectors + k];
-  uint32_t most = 0;
-  for (int64_t k = 0; k < vectors; ++k) {
-    const uint32_t size = std::bit_cast<uint32_t>(dots[k]) & 0x7FFFFFFFu;
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) dots[i] += x[j] * at<float, L>(turned + j * vectors + i * L);
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) {
+    const auto size = (VectorOf<int32_t, L>)dots[i] & 0x7FFFFFFF;
     most = size > most ? size : most;
-    words[k] = static_cast<int16_t>(std::bit_cast<uint32_t>(dots[k] * inverse + kRound));
+    const VectorOf<float, L> rounded = dots[i] * inverse + kRound;
+    at<int16_t, L>(words + i * L) =
+        __builtin_convertvector((VectorOf<int32_t, L>)rounded, VectorOf<int16_t, L>);
   }
-  return std::bit_cast<float>(most);
+}
+
+// The same of all vectors, a multiple of 16. Returns the largest dot product.
+float dots_of_row(const float* x, const float* turned, int64_t block, int64_t vectors,
+                  float inverse, int16_t* words) {
+  int32_t peak = 0;
+  by_width([&]<int L>() RS_LAMBDA {
+    constexpr int kTile = 8 * L;
+    VectorOf<int32_t, L> most{};
+    int64_t k = 0;
+    for (; k + kTile <= vectors; k += kTile)
+      dots_of_tile<L, 8>(x, turned + k, block, vectors, inverse, most, words + k);
+    for (; k < vectors; k += L)
+      dots_of_tile<L, 1>(x, turned + k, block, vectors, inverse, most, words + k);
+    for (int lane = 0; lane < L; ++lane) peak = std::max(peak, most[lane]);
+  });
+  return std::bit_cast<float>(peak);
 }
 
 typedef float Eight __attribute__((vector_size(32)));
