@@ -155,31 +155,20 @@ void scatter(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t 
 #pragma GCC pop_options
 
 namespace rs {
-namespace {
-
-template <class Word>
-CyclicKernel kernel_for(int64_t batch) {
-  if (batch <= 1) return {sums_of_one<Word>, 1, true};
-  if (batch <= 8) return {sums_of_lanes<Word, 8, 1>, 8, false};
-  return {sums_of_lanes<Word, 16, 1>, 16, false};
-}
-
-}  // namespace
-
 void cyclic_scatter_avx2(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
                          int32_t* bins) {
   scatter(level, bin, g, rows, bins);
 }
 
-CyclicKernel cyclic_kernel_avx2(Cyclic16Word, int64_t batch) {
-  return kernel_for<Cyclic16Word>(batch);
+template <class Word>
+CyclicKernel cyclic_kernel_avx2(int64_t batch) {
+  if (batch <= 1) return {sums_of_one<Word>, 1, true};
+  if (batch <= 8) return {sums_of_lanes<Word, 8, 1>, 8, false};
+  return {sums_of_lanes<Word, 16, 1>, 16, false};
 }
-CyclicKernel cyclic_kernel_avx2(CyclicCompoundWord, int64_t batch) {
-  return kernel_for<CyclicCompoundWord>(batch);
-}
-CyclicKernel cyclic_kernel_avx2(Cyclic32Word, int64_t batch) {
-  return kernel_for<Cyclic32Word>(batch);
-}
+template CyclicKernel cyclic_kernel_avx2<Cyclic16Word>(int64_t);
+template CyclicKernel cyclic_kernel_avx2<CyclicCompoundWord>(int64_t);
+template CyclicKernel cyclic_kernel_avx2<Cyclic32Word>(int64_t);
 
 }  // namespace rs
 #endif

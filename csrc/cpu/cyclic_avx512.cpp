@@ -142,13 +142,6 @@ namespace {
 
 constexpr int kMostApart = 16;  // rows of x; for more, lookups in memory bring all at once
 
-template <class Word>
-CyclicKernel kernel_for(int64_t batch) {
-  constexpr int kWide = kMostParts<Word> < 2 ? 1 : 2;
-  if (batch <= kMostApart) return {sums_in_registers<Word>, static_cast<int>(batch), true};
-  return {sums_of_lanes<Word, 32, kWide>, 32, false};
-}
-
 }  // namespace
 
 void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_t* g, int64_t rows,
@@ -156,15 +149,15 @@ void cyclic_scatter_avx512(const int16_t* level, const uint8_t* bin, const int8_
   scatter(level, bin, g, rows, bins);
 }
 
-CyclicKernel cyclic_kernel_avx512(Cyclic16Word, int64_t batch) {
-  return kernel_for<Cyclic16Word>(batch);
+template <class Word>
+CyclicKernel cyclic_kernel_avx512(int64_t batch) {
+  constexpr int kWide = kMostParts<Word> < 2 ? 1 : 2;
+  if (batch <= kMostApart) return {sums_in_registers<Word>, static_cast<int>(batch), true};
+  return {sums_of_lanes<Word, 32, kWide>, 32, false};
 }
-CyclicKernel cyclic_kernel_avx512(CyclicCompoundWord, int64_t batch) {
-  return kernel_for<CyclicCompoundWord>(batch);
-}
-CyclicKernel cyclic_kernel_avx512(Cyclic32Word, int64_t batch) {
-  return kernel_for<Cyclic32Word>(batch);
-}
+template CyclicKernel cyclic_kernel_avx512<Cyclic16Word>(int64_t);
+template CyclicKernel cyclic_kernel_avx512<CyclicCompoundWord>(int64_t);
+template CyclicKernel cyclic_kernel_avx512<Cyclic32Word>(int64_t);
 
 }  // namespace rs
 #endif

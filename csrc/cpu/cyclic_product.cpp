@@ -45,8 +45,8 @@ void generic_sums(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t
 template <class Word, Isa I>
 CyclicKernel kernel_for(int64_t batch) {
 #if RS_FAST_X86
-  if (I == Isa::avx512) return cyclic_kernel_avx512(Word(), batch);
-  if (I == Isa::avx2) return cyclic_kernel_avx2(Word(), batch);
+  if (I == Isa::avx512) return cyclic_kernel_avx512<Word>(batch);
+  if (I == Isa::avx2) return cyclic_kernel_avx2<Word>(batch);
 #endif
   return {generic_sums<Word>, batch > 1 ? 8 : 1, batch <= 1};
 }

@@ -38,13 +38,11 @@ struct CyclicKernel {
   bool apart;  // the table's order
 };
 
-// The kernel for the first rows of a batch; its word is told by the tag.
-CyclicKernel cyclic_kernel_avx2(Cyclic16Word, int64_t batch);
-CyclicKernel cyclic_kernel_avx2(CyclicCompoundWord, int64_t batch);
-CyclicKernel cyclic_kernel_avx2(Cyclic32Word, int64_t batch);
-CyclicKernel cyclic_kernel_avx512(Cyclic16Word, int64_t batch);
-CyclicKernel cyclic_kernel_avx512(CyclicCompoundWord, int64_t batch);
-CyclicKernel cyclic_kernel_avx512(Cyclic32Word, int64_t batch);
+// The kernel for the first rows of a batch.
+template <class Word>
+CyclicKernel cyclic_kernel_avx2(int64_t batch);
+template <class Word>
+CyclicKernel cyclic_kernel_avx512(int64_t batch);
 
 // bins[bin[r]][lane] += level[r] * g[r][lane] for all rows r, kCyclicLanes of the batch at once.
 constexpr int kCyclicLanes = 16;
