@@ -108,18 +108,11 @@ struct LaneMasks {
 };
 constexpr LaneMasks kLaneMasks;
 
-struct CosineRows {
+struct CosineRows : CosineTables {
   static constexpr bool kGrouped = false;
   const Layer& layer;
-  const float (*cosines)[8];
-  float sizes[256];  // of a base
 
-  explicit CosineRows(const Layer& layer) : layer(layer) {
-    const RowSparse::Tables tables(layer);
-    cosines = tables.cosine.at;
-    for (int base = 0; base < 256; ++base)
-      sizes[base] = static_cast<float>(static_cast<int8_t>(base)) * tables.scale;
-  }
+  explicit CosineRows(const Layer& layer) : CosineTables(layer), layer(layer) {}
   template <class Visit>
   RS_INLINE void each(int64_t row, int64_t tile0, int64_t tile1, Visit visit) const {
     const uint8_t* tile = layer.codes + (row * layer.tile_cols() + tile0) * 3;
@@ -165,7 +158,7 @@ void fill_square(Row& row) {
 void block_sparse_avx2_slots(Row& row, bool square, bool mask16) {
   if (square) return mask16 ? fill_square<MaskPlaces>(row) : fill_square<PatternPlaces>(row);
   fill_float_slots<CosineRows>(row);
-  row.adjoint = block_sparse_adjoint<decode_rows<CosineRows>>;
+  row.adjoint = block_sparse_adjoint<decode_rows<CosineRows, float>>;
 }
 
 }  // namespace rs

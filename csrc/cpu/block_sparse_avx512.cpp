@@ -114,18 +114,11 @@ void square_rows(const Layer& layer, int64_t row0, int64_t row1, const typename 
   }
 }
 
-struct CosineRows {
+struct CosineRows : CosineTables {
   static constexpr bool kGrouped = false;
   const Layer& layer;
-  const float (*cosines)[8];
-  float sizes[256];  // of a base
 
-  explicit CosineRows(const Layer& layer) : layer(layer) {
-    const RowSparse::Tables tables(layer);
-    cosines = tables.cosine.at;
-    for (int base = 0; base < 256; ++base)
-      sizes[base] = quiet(static_cast<float>(static_cast<int8_t>(base)) * tables.scale);
-  }
+  explicit CosineRows(const Layer& layer) : CosineTables(layer), layer(layer) {}
   RS_INLINE __m256 one(const uint8_t* tile) const {
     return _mm256_maskz_mul_ps(tile[0], _mm256_set1_ps(sizes[tile[1]]),
                                _mm256_loadu_ps(cosines[tile[2]]));

@@ -7,6 +7,7 @@
 
 #include "../codecs/block_sparse.h"
 #include "fast.h"
+#include "integers.h"
 
 namespace rs {
 
@@ -54,6 +55,19 @@ struct MaskPlaces {
   const Places& of(const uint8_t* tile, int half) const {
     return half ? kMaskTable.places[kMaskTable.ones[tile[0]]][tile[1]]
                 : kMaskTable.places[0][tile[0]];
+  }
+};
+
+// A 1 x 8 tile's cosines by its phase, and what they are times by its base.
+struct CosineTables {
+  const float (*cosines)[8];
+  float sizes[256];
+
+  explicit CosineTables(const Layer& layer) {
+    const RowSparse::Tables tables(layer);
+    cosines = tables.cosine.at;
+    for (int base = 0; base < 256; ++base)
+      sizes[base] = quiet(static_cast<float>(static_cast<int8_t>(base)) * tables.scale);
   }
 };
 

@@ -7,15 +7,10 @@
 
 #if RS_FAST_X86
 #include "avx512.h"
+#include "lanes_avx512.h"
 
 namespace rs {
 namespace {
-
-RS_INLINE void store(float* w, __m512 value) { _mm512_storeu_ps(w, value); }
-RS_INLINE void store(uint16_t* w, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(w),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(value), 16)));
-}
 
 // All levels, to be looked up 64 at a time.
 struct Levels {
@@ -44,7 +39,8 @@ void decode8(const Layer& layer, int64_t row0, int64_t row1, T* w) {
                                _mm512_extracti32x4_epi32(level, 2),
                                _mm512_extracti32x4_epi32(level, 3)};
       for (int i = 0; i < 4; ++i)
-        store(w + 16 * i, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i])), step));
+        store_some(w + 16 * i,
+                   _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i])), step), 0xFFFF);
     }
   }
 }
@@ -76,116 +72,28 @@ void decode16(const Layer& layer, int64_t row0, int64_t row1, T* w) {
       value = _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(k, quarter), value);
       value = _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f));
       const __m512 amp = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_srli_epi32(c, 10), one));
-      store(w, _mm512_mul_ps(_mm512_mul_ps(value, _mm512_mul_ps(amp, unit)), scale));
+      store_some(w, _mm512_mul_ps(_mm512_mul_ps(value, _mm512_mul_ps(amp, unit)), scale), 0xFFFF);
     }
   }
 }
 
-// As on AVX2: weights of a step of 64 as two registers of int16, in the order of the activations;
-// kUnit is what they are times the group's step, and kFlush how many steps' products may be added
-// in 32 bits.
-template <int Bits>
-struct Step;
-
-template <>
-struct Step<8> {
-  static constexpr float kUnit = 1.0f;
-  static constexpr int64_t kFlush = 64;
-  Levels levels;
-  RS_INLINE Step() {}  // an implicit one is not compiled for these instructions
-  RS_INLINE void weights(const uint8_t* codes, __m512i* w) const {
-    const __m512i level = levels(load(codes));
-    w[0] = _mm512_srai_epi16(_mm512_slli_epi16(level, 8), 8);
-    w[1] = _mm512_srai_epi16(level, 8);
-  }
-};
-
-template <>
-struct Step<16> {
-  static constexpr float kUnit = 1.0f / 8192;
-  static constexpr int64_t kFlush = 2;
-  RS_INLINE static __m512i word(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
-  RS_INLINE static __m512i weight(__m512i c) {
-    const __m512i shifted = _mm512_srli_epi16(c, 2);
-    const __m512i k = _mm512_add_epi16(c, _mm512_and_si512(shifted, word(0xC0)));
-    const __m512i u = _mm512_sub_epi16(word(1 << 14), _mm512_abs_epi16(_mm512_slli_epi16(k, 8)));
-    const __m512i u15 = _mm512_adds_epi16(u, u), square = _mm512_mulhrs_epi16(u, u15);
-    const __m512i square15 = _mm512_adds_epi16(square, square);
-    const __m512i high = _mm512_sub_epi16(_mm512_mulhrs_epi16(square, word(2360)), word(10525));
-    const __m512i sum = _mm512_add_epi16(_mm512_mulhrs_epi16(high, square15), word(25730));
-    const __m512i amp = _mm512_add_epi16(_mm512_and_si512(shifted, word(0x3F00)), word(0x100));
-    return _mm512_mulhrs_epi16(_mm512_mulhrs_epi16(u15, sum), amp);
-  }
-  RS_INLINE void weights(const uint8_t* codes, __m512i* w) const {
-    for (int i = 0; i < 2; ++i) w[i] = weight(load(codes + 64 * i));
-  }
-};
-
-// Whether strips of x meet several rows. 16-bit codes are too many: they would come too late.
+// For cyclic_scalar_steps.h.
+using Ints = __m512i;
+RS_INLINE Ints load_ints(const void* p) { return load(p); }
+RS_INLINE Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+RS_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+RS_INLINE Ints add_saturated(Ints a, Ints b) { return _mm512_adds_epi16(a, b); }
+RS_INLINE Ints round_product(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }
+RS_INLINE Ints magnitude(Ints x) { return _mm512_abs_epi16(x); }
+constexpr int kAhead = 8192;
+// 16-bit codes are too many: they would come too late.
 template <int Bits, int B>
 constexpr bool kStrips = B == kMaxBatch && Bits == 8;
 
-// Adds the products of tiles [t, t + tiles) to total[B].
-template <int Bits, int B>
-RS_INLINE void add_tiles(const Step<Bits>& step, const Layer& layer, int64_t t, int64_t tiles,
-                         const int16_t* values, __m512* total) {
-  constexpr int kBytes = 8 * Bits, kAhead = 8192;  // bytes of a step and of software prefetch
-  const int64_t steps = layer.tile.cols / 64;
-  const uint8_t* codes = layer.codes + t * layer.tile.bytes;
-  for (; tiles > 0; --tiles, ++t) {
-    const __m512 scale =
-        _mm512_set1_ps(CyclicScalar<Bits>::step(layer.params[0][t]) * Step<Bits>::kUnit);
-    for (int64_t done = 0; done < steps; done += Step<Bits>::kFlush) {
-      __m512i acc[B];
-      for (__m512i& sum : acc) sum = _mm512_setzero_si512();
-      for (int64_t i = std::min(steps - done, Step<Bits>::kFlush); i > 0; --i) {
-        if (!kStrips<Bits, B>) _mm_prefetch(codes + kAhead, _MM_HINT_T0);
-        if (Bits == 16) _mm_prefetch(codes + kAhead + 64, _MM_HINT_T0);
-        __m512i w[2];
-        step.weights(codes, w);
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b)
-          for (int h = 0; h < 2; ++h)
-            acc[b] = _mm512_dpwssd_epi32(acc[b], w[h], load(values + b * 64 + h * 32));
-        codes += kBytes;
-        values += 64 * B;
-      }
-      for (int b = 0; b < B; ++b)
-        total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[b]), scale, total[b]);
-    }
-  }
-}
-
-template <int Bits, int B>
-void product(const Layer& layer, const StepActivations& x, int64_t m, float* y, int64_t row0,
-             int64_t row1) {
-  constexpr int kRows = kStrips<Bits, B> ? kStripRows : 1;
-  const int64_t n = layer.tile_cols(), strip = kStrips<Bits, B> ? strip_tiles(layer) : n;
-  const Step<Bits> step;
-  for (int64_t row = row0; row < row1; row += kRows) {
-    __m512 total[kRows][B];
-    for (auto& sums : total)
-      for (__m512& sum : sums) sum = _mm512_setzero_ps();
-    for (int64_t t = 0; t < n; t += strip)
-      for (int r = 0; r < kRows && row + r < row1; ++r) {
-        const int64_t first = (row + r) * n + t, tiles = std::min(strip, n - t);
-        if (kStrips<Bits, B>) prefetch_tiles(layer, first + strip, first + 2 * strip);
-        __m512 sums[B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) sums[b] = total[r][b];
-        add_tiles<Bits, B>(step, layer, first, tiles, x.values.get() + t * layer.tile.cols * B,
-                           sums);
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) total[r][b] = sums[b];
-      }
-    for (int r = 0; r < kRows && row + r < row1; ++r)
-      for (int b = 0; b < B && b < m; ++b)
-        y[b * layer.out + row + r] = _mm512_reduce_add_ps(total[r][b]) * x.unit[b];
-  }
-}
-
 }  // namespace
 }  // namespace rs
+
+#include "cyclic_scalar_steps.h"
 
 #pragma GCC pop_options
 
@@ -194,9 +102,7 @@ namespace {
 
 template <int Bits>
 void linear(const Layer& layer, const float* x, int64_t m, float* y) {
-  constexpr StepKernel kernels[4] = {product<Bits, 1>, product<Bits, 2>, product<Bits, 4>,
-                                     product<Bits, 8>};
-  step_linear(layer, x, m, y, 64, Bits == 8, kernels);
+  step_linear(layer, x, m, y, kStepColumns, Bits == 8, kStepKernels<Bits>);
 }
 
 }  // namespace

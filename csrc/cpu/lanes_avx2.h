@@ -41,73 +41,19 @@ RS_INLINE void store_some(float* w, __m256 x, int64_t count) {
   _mm256_maskstore_ps(w, first_of_eight(count), x);
 }
 
-// Rows of x times decoded rows. Rows(layer) makes what all rows share;
-// each(row, tile0, tile1, visit) calls visit(i, j, w, count) for the `count`, at most 8, weights of
-// these tiles from column j on, with a constant i that rises by one or more. kGrouped: tiles have
-// params of their own, which strips would keep from being fetched in time.
-template <class Rows, int B>
-void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
-                   int64_t row1) {
-  constexpr int kSums = B == 1 ? 4 : 8 / B;  // independent, so that additions need not wait
-  constexpr bool kStrips = B == kMaxBatch && !Rows::kGrouped;
-  constexpr int kRows = kStrips ? kStripRows : 1;
-  const Rows rows(layer);
-  const RowStarts<B> from(x, m, layer.in);
-  const int64_t tiles = layer.tile_cols(), strip = kStrips ? strip_tiles(layer) : tiles;
-  for (int64_t row = row0; row < row1; row += kRows) {
-    __m256 total[kRows][B];
-    for (auto& sums : total)
-      for (__m256& sum : sums) sum = _mm256_setzero_ps();
-    for (int64_t t = 0; t < tiles; t += strip)
-      for (int r = 0; r < kRows && row + r < row1; ++r) {
-        __m256 sums[kSums][B];
-        const int64_t next = (row + r) * tiles + t + strip;
-        prefetch_tiles(layer, next, next + strip);
-#pragma GCC unroll 4
-        for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 8
-          for (int b = 0; b < B; ++b) sums[i][b] = i ? _mm256_setzero_ps() : total[r][b];
-        rows.each(row + r, t, std::min(t + strip, tiles),
-                  [&](int i, int64_t j, __m256 w, int64_t count) RS_LAMBDA {
-#pragma GCC unroll 8
-                    for (int b = 0; b < B; ++b) {
-                      __m256& sum = sums[i % kSums][b];
-                      sum = _mm256_fmadd_ps(w, load_some(from.at[b] + j, count), sum);
-                    }
-                  });
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) {
-#pragma GCC unroll 4
-          for (int i = 1; i < kSums; ++i) sums[0][b] = _mm256_add_ps(sums[0][b], sums[i][b]);
-          total[r][b] = sums[0][b];
-        }
-      }
-    for (int r = 0; r < kRows && row + r < row1; ++r)
-      for (int b = 0; b < B && b < m; ++b) y[b * layer.out + row + r] = sum_lanes(total[r][b]);
-  }
-}
-template <class Rows>
-constexpr FloatKernel kFloatKernels[4] = {float_product<Rows, 1>, float_product<Rows, 2>,
-                                          float_product<Rows, 4>, float_product<Rows, 8>};
+// For lanes_float.h: some lanes are the first so many.
+using Floats = __m256;
+using Some = int64_t;
+constexpr bool kStoresBf16 = false;
+RS_INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, sum); }
 
-template <class Rows>
-void decode_rows(const Layer& layer, int64_t row0, int64_t row1, float* w) {
-  const Rows rows(layer);
-  for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    rows.each(row, 0, layer.tile_cols(),
-              [&](int, int64_t j, __m256 value, int64_t count)
-                  RS_LAMBDA { store_some(w + j, value, count); });
-}
+}  // namespace
+}  // namespace rs
 
-// Products in float32 for batches up to kMaxBatch, of a codec's rows, and decode.
-template <class Rows>
-void fill_float_slots(Row& row) {
-  row.decode = decode_rows<Rows>;
-  row.linear = [](const Layer& layer, const float* x, int64_t m, float* y) {
-    float_linear(layer, x, m, y, kFloatKernels<Rows>);
-  };
-  row.linear_max_m = kMaxBatch;
-}
+#include "lanes_float.h"
+
+namespace rs {
+namespace {
 
 // Up to sixteen floats to look up by the low bits of a code: 2 for 4 of them, 3 for 8, 4 for 16.
 template <int Entries>

@@ -180,56 +180,6 @@ template <class View>
 constexpr LaneKernel kLaneKernels[4] = {lane_product<View, 1>, lane_product<View, 2>,
                                         lane_product<View, 4>, lane_product<View, 8>};
 
-// Rows of x times decoded rows in float32. Rows(layer) makes what all rows share;
-// each(row, tile0, tile1, visit) calls visit(i, j, w, mask) for 16 weights at a time of these
-// tiles, those from column j on, with a constant i that rises by one or more. kGrouped: tiles have
-// params of their own, which strips would keep from being fetched in time.
-template <class Rows, int B>
-void float_product(const Layer& layer, const float* x, int64_t m, float* y, int64_t row0,
-                   int64_t row1) {
-  constexpr int kSums = B == 1 ? 4 : 8 / B;  // independent, so that additions need not wait
-  constexpr bool kStrips = B == kMaxBatch && !Rows::kGrouped;
-  constexpr int kRows = kStrips ? kStripRows : 1;
-  const Rows rows(layer);
-  const RowStarts<B> from(x, m, layer.in);
-  const int64_t tiles = layer.tile_cols(), strip = kStrips ? strip_tiles(layer) : tiles;
-  for (int64_t row = row0; row < row1; row += kRows) {
-    __m512 total[kRows][B];
-    for (auto& sums : total)
-      for (__m512& sum : sums) sum = _mm512_setzero_ps();
-    for (int64_t t = 0; t < tiles; t += strip)
-      for (int r = 0; r < kRows && row + r < row1; ++r) {
-        __m512 sums[kSums][B];
-        const int64_t next = (row + r) * tiles + t + strip;
-        prefetch_tiles(layer, next, next + strip);
-#pragma GCC unroll 4
-        for (int i = 0; i < kSums; ++i)
-#pragma GCC unroll 8
-          for (int b = 0; b < B; ++b) sums[i][b] = i ? _mm512_setzero_ps() : total[r][b];
-        rows.each(row + r, t, std::min(t + strip, tiles),
-                  [&](int i, int64_t j, __m512 w, __mmask16 mask) RS_LAMBDA {
-#pragma GCC unroll 8
-                    for (int b = 0; b < B; ++b) {
-                      __m512& sum = sums[i % kSums][b];
-                      sum = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, from.at[b] + j), sum);
-                    }
-                  });
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) {
-#pragma GCC unroll 4
-          for (int i = 1; i < kSums; ++i) sums[0][b] = _mm512_add_ps(sums[0][b], sums[i][b]);
-          total[r][b] = sums[0][b];
-        }
-      }
-    for (int r = 0; r < kRows && row + r < row1; ++r)
-      for (int b = 0; b < B && b < m; ++b)
-        y[b * layer.out + row + r] = _mm512_reduce_add_ps(total[r][b]);
-  }
-}
-template <class Rows>
-constexpr FloatKernel kFloatKernels[4] = {float_product<Rows, 1>, float_product<Rows, 2>,
-                                          float_product<Rows, 4>, float_product<Rows, 8>};
-
 // The lanes of `mask` to memory: all 32 bits of them, or the lower 16.
 RS_INLINE void store_lanes(float* w, __m512i bits, __mmask16 mask) {
   _mm512_mask_storeu_epi32(w, mask, bits);
@@ -238,32 +188,18 @@ RS_INLINE void store_lanes(uint16_t* w, __m512i bits, __mmask16 mask) {
   _mm256_mask_storeu_epi16(w, mask, _mm512_cvtepi32_epi16(bits));
 }
 
-// Weights of rows as floats or rounded to bfloat16, whose NaNs must be quiet.
-RS_INLINE void store_weights(float* w, __m512 value, __mmask16 mask) {
-  _mm512_mask_storeu_ps(w, mask, value);
+// For lanes_float.h: some lanes are those of a mask. NaNs that are rounded to bfloat16 must be
+// quiet.
+using Floats = __m512;
+using Some = __mmask16;
+constexpr bool kStoresBf16 = true;
+RS_INLINE Floats load_some(const float* x, Some mask) { return _mm512_maskz_loadu_ps(mask, x); }
+RS_INLINE void store_some(float* w, Floats x, Some mask) { _mm512_mask_storeu_ps(w, mask, x); }
+RS_INLINE void store_some(uint16_t* w, Floats x, Some mask) {
+  store_lanes(w, _mm512_srli_epi32(round_bf16(x), 16), mask);
 }
-RS_INLINE void store_weights(uint16_t* w, __m512 value, __mmask16 mask) {
-  store_lanes(w, _mm512_srli_epi32(round_bf16(value), 16), mask);
-}
-template <class Rows, class T>
-void decode_rows(const Layer& layer, int64_t row0, int64_t row1, T* w) {
-  const Rows rows(layer);
-  for (int64_t row = row0; row < row1; ++row, w += layer.in)
-    rows.each(row, 0, layer.tile_cols(),
-              [&](int, int64_t j, __m512 value, __mmask16 mask)
-                  RS_LAMBDA { store_weights(w + j, value, mask); });
-}
-
-// Products in float32 for batches up to kMaxBatch, of a codec's rows, and decode.
-template <class Rows>
-void fill_float_slots(Row& row) {
-  row.decode = decode_rows<Rows, float>;
-  row.decode_bf16 = decode_rows<Rows, uint16_t>;
-  row.linear = [](const Layer& layer, const float* x, int64_t m, float* y) {
-    float_linear(layer, x, m, y, kFloatKernels<Rows>);
-  };
-  row.linear_max_m = kMaxBatch;
-}
+RS_INLINE float sum_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
+RS_INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
 
 RS_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
@@ -274,3 +210,5 @@ RS_INLINE __mmask64 first_bytes(int64_t count) {
 
 }  // namespace
 }  // namespace rs
+
+#include "lanes_float.h"

@@ -7,6 +7,7 @@
 
 #include "avx512.h"
 #include "lanes_avx512.h"
+#include "ultra_vectors.h"
 
 namespace rs {
 namespace {
@@ -17,14 +18,7 @@ struct UltraRows {
   alignas(16) float vector[Ultra::kVectors][4];
 
   explicit UltraRows(const Layer& layer) : layer(layer) {
-    const int transform = *reinterpret_cast<const uint8_t*>(layer.params[Ultra::kTransform]);
-    const auto place = [&](int j) { return Ultra::place(transform, j); };
-    const __m128i places = _mm_setr_epi32(place(0), place(1), place(2), place(3));
-    const __m128 sign = _mm_set1_ps(transform & 1 ? -0.0f : 0.0f);
-    for (int k = 0; k < Ultra::kVectors; ++k) {
-      const __m128 from = _mm_loadu_ps(layer.params[Ultra::kCodebook] + 4 * k);
-      _mm_store_ps(vector[k], _mm_xor_ps(sign, _mm_permutevar_ps(from, places)));
-    }
+    ultra_vectors(layer, vector);
     for (auto& all : vector)
       for (float& entry : all) entry = quiet(entry);
   }
